@@ -6,11 +6,15 @@ from llavactl.api import evaluate as evaluate
 from llavactl.api import export as export
 from llavactl.api import extract as extract
 from llavactl.api import generate as generate
+from llavactl.api import load_chat_model as load_chat_model
 from llavactl.api import load_model as load_model
 from llavactl.api import load_recipe as load_recipe
 from llavactl.api import run as run
 from llavactl.api import train as train
 from llavactl.chat.assistant import Assistant as Assistant
+from llavactl.chat.batching import Batcher as Batcher
+from llavactl.chat.batching import Finish as Finish
+from llavactl.cli.help import Command as Command
 from llavactl.components.formats.native import SavedModel as SavedModel
 from llavactl.components.formats.native import open_model as open_model
 from llavactl.components.formats.native import save_model as save_model
@@ -106,6 +110,7 @@ from llavactl.images.references import ImageBytes as ImageBytes
 from llavactl.images.references import ImageLocation as ImageLocation
 from llavactl.images.references import ImageRoot as ImageRoot
 from llavactl.images.references import check_image_root as check_image_root
+from llavactl.images.references import image_from_bytes as image_from_bytes
 from llavactl.images.references import image_in as image_in
 from llavactl.images.references import image_in_memory as image_in_memory
 from llavactl.model.generate import Sampling as Sampling

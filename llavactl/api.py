@@ -224,6 +224,37 @@ def load_model(
     return load_assistant(folder, device, template=template, dtype=dtype, quantize=quantize)
 
 
+def load_chat_model(
+    source: str | Path | None = None,
+    overrides: Overrides = (),
+    *,
+    model: str | Path | None = None,
+    template: str | None = None,
+    dtype: Dtype | None = None,
+    quantize: Bits | None = None,
+) -> Assistant:
+    """Loads the model that ``llavactl chat`` loads with the same ``-r``, ``-o`` and ``--model``.
+
+    Without ``model``, this is the newest one of the recipe ``source`` (default: ``./recipe.yaml``): that of a stage in
+    training, if it has previews, or else that of the last finished stage. The other arguments are as in ``load_model``.
+
+    Raises:
+        RecipeError: lists all problems of the recipe (``problems``), or as in ``load_model``.
+        ModelError: the model can't be read.
+    """
+    from llavactl.chat.loading import DTYPES
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.load import load_frame
+    from llavactl.verbs.chat import open_chat
+
+    _require_choice("dtype", dtype, (None, *DTYPES))
+    _require_choice("quantize", quantize, (None, 4, 8))
+    given = model is None or source is not None or bool(overrides)
+    recipe = load_frame(Outline, _source(source), _overrides(overrides)) if given else None
+    name = None if model is None else str(model)
+    return open_chat(recipe, name, template, dtype=dtype, quantize=quantize).assistant
+
+
 class Chat:
     """A conversation with a model about images; the key/value cache of earlier turns is reused.
 

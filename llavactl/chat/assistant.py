@@ -19,7 +19,8 @@ from llavactl.model.inputs import to_device
 from llavactl.model.likelihood import Likelihood, likelihoods
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import Batch
+    from llavactl.core.schema import Batch, FeatureShape
+    from llavactl.model.compiled import CompiledDecoder
     from llavactl.model.llava import LlavaModel
 
 MIN_COMMON_PREFIX = 16
@@ -35,6 +36,12 @@ class Assistant:
     features: FeatureLookup
     image_order: Literal["first", "random", "as-data"] = "first"
     name: str = ""
+    shape: FeatureShape | None = None
+    """The shape of ``features``; None if it is unknown."""
+    token_grid: tuple[int, int] | None = None
+    """The cells (h, w) of the connector's tokens, see ``GridConnector``; None if tokens belong to no cell."""
+    decoder: CompiledDecoder | None = None
+    """Decodes conversations, one at a time; None: without compilation."""
 
     def prompt(self, turns: Sequence[Turn]) -> Encoded:
         """The encoded prompt, never empty if the tokenizer has a BOS or EOS token, which then replaces an empty prompt.
@@ -102,7 +109,7 @@ class Assistant:
             DataError: an image can't be read.
         """
         encoded = [
-            self._encode_answer([*turns, Turn("assistant", (answer,))])
+            self.encode_answer([*turns, Turn("assistant", (answer,))])
             for turns, answer in zip(conversations, answers, strict=True)
         ]
         batches = [encoded] if self.exact.padded else [[item] for item in encoded]
@@ -112,7 +119,7 @@ class Assistant:
         batch, cache = self._batch(encoded, [len(item) - item.target_tokens for item in encoded])
         return likelihoods(self.model, batch, cache)
 
-    def _encode_answer(self, turns: Sequence[Turn]) -> Encoded:
+    def encode_answer(self, turns: Sequence[Turn]) -> Encoded:
         """``turns`` up to the last token of the answer; it never begins with a target, which nothing would predict."""
         encoded, start = self.encoding.encode_answer(self._arranged(turns)), self._start_id
         end = max((index for index, label in enumerate(encoded.labels, 1) if label != IGNORE), default=len(encoded))

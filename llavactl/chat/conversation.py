@@ -15,6 +15,7 @@ from llavactl.chat.inputs import open_image as read_image
 from llavactl.core.errors import LlavactlError
 from llavactl.core.schema import Content, Encoded, ImageRef, Turn
 from llavactl.data.batches import collate
+from llavactl.model.compiled import generate_compiled
 from llavactl.model.exactness import is_resumable, new_cache, truncate
 from llavactl.model.generate import Sampling, generate
 from llavactl.model.inputs import to_device
@@ -193,9 +194,13 @@ class Conversation:
         batch = to_device(collate([rest], self, side="left"), model.device)
         if limit := context_length(model.language):
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, limit - len(encoded)))
-        cached = self.assistant.exact.cached
+        stop, decoder = self.assistant.stops.ids, self.assistant.decoder
+        if decoder is None:
+            steps = generate(model, batch, sampling, stop, self._cache, cached=self.assistant.exact.cached)
+        else:
+            steps = generate_compiled(decoder, model, batch, sampling, stop, self._cache)
         processed = keys[length:]
-        for (token,) in generate(model, batch, sampling, self.assistant.stops.ids, self._cache, cached=cached):
+        for (token,) in steps:
             self._cached_keys += processed
             processed = [token]
             yield token

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from llavactl.chat.assistant import Assistant
-from llavactl.core.errors import ModelError
-from llavactl.core.model_description import read_description
+from llavactl.core.errors import ModelError, RecipeError
+from llavactl.core.model_description import feature_shape, read_description, require_component
+from llavactl.core.protocols import GridConnector
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.features import Fingerprint, LiveFeatures, fingerprint
 from llavactl.features.checked_encoder import load_encoder
 from llavactl.features.device import default_device
 from llavactl.model import folder as model_folder
+from llavactl.model.compiled import CompiledDecoder, compile_blocker
 from llavactl.model.quantized import Bits
 from llavactl.recipe.sections import Features
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
@@ -31,15 +36,17 @@ def load_assistant(
     template: str | None = None,
     dtype: Dtype | None = None,
     quantize: Bits | None = None,
+    compiled: bool = False,
 ) -> Assistant:
     """Loads the model in ``folder`` and its vision backbone on ``device`` (default: the best available).
 
     ``template`` replaces the model's conversation template. ``dtype`` is that of the weights (default: that of
-    training). With ``quantize``, the linear layers of the language model have so many bits.
+    training). With ``quantize``, the linear layers of the language model have so many bits. With ``compiled``,
+    conversations are decoded with a compiled step; such an assistant is for one thread.
 
     Raises:
         ModelError: the model can't be read, or the backbone is not the one it was trained with.
-        RecipeError: the language model can't be quantized.
+        RecipeError: the language model can't be quantized, or its decoding can't be compiled.
     """
     device = device or default_device()
     description = read_description(folder)
@@ -60,6 +67,10 @@ def load_assistant(
     loaded = model_folder.load(folder, dtype=dtype, quantize_on=quantize_on, bits=quantize or 4)
     bundle = loaded.bundle
     (bundle.model if quantize is None else bundle.model.connector).to(device)
+    decoder = _compiled_decoder(bundle.model.language) if compiled else None
+    shape, connector = feature_shape(description), registry().create("connectors", description["connector"])
+    if template is None:
+        require_component(folder, description, "template")
     template_component = registry().create("templates", template or description["template"])
     return Assistant(
         bundle.model,
@@ -67,4 +78,13 @@ def load_assistant(
         LiveFeatures(load_encoder(vision, device, features.compute), current, device),
         description["image_order"],
         str(folder),
+        shape,
+        connector.grid(shape) if isinstance(connector, GridConnector) else None,
+        decoder,
     )
+
+
+def _compiled_decoder(language: PreTrainedModel) -> CompiledDecoder:
+    if reason := compile_blocker(language):
+        raise RecipeError(f"--compile: {reason}", hint="chat without it")
+    return CompiledDecoder(language)

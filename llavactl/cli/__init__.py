@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -40,7 +39,7 @@ def run_command(arguments: Sequence[str]) -> int:
     _configure_libraries()
     _use_utf8()
     _log_to_stderr()
-    with stopping.sigterm_as_interrupt():
+    with stopping.signals_as_interrupts():
         return _invoke(arguments)
 
 
@@ -101,8 +100,8 @@ class _StderrHandler(logging.Handler):
         verbose = logging.getLogger("llavactl").level <= logging.DEBUG
         at = f" {time.strftime('%H:%M:%S')}.{record.msecs:03.0f}" if verbose else ""
         boundary.message(f"llavactl{at}:", record.getMessage(), style)
-        if record.exc_info:
-            traceback.print_exception(record.exc_info[1])
+        if record.exc_info and record.exc_info[1] is not None:
+            boundary.print_traceback(record.exc_info[1])
 
 
 def _log_to_stderr() -> None:

@@ -14,6 +14,7 @@ from click.exceptions import NoArgsIsHelpError
 
 from llavactl.cli import terminal
 from llavactl.core import progress
+from llavactl.core.control_characters import visible
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.library_errors import out_of_memory, reason
 from llavactl.core.network import hub_error, proxy_error
@@ -26,7 +27,7 @@ def report(error: BaseException) -> None:
     """Prints ``error`` to stderr; with ``--verbose``, its traceback as well."""
     known = explained(error)
     if known is None or log.isEnabledFor(logging.DEBUG):
-        traceback.print_exception(error)
+        print_traceback(error)
     if known is not None:
         _lines(known)
         return
@@ -46,7 +47,10 @@ def explained(error: BaseException) -> LlavactlError | None:
     known, fault = _machine_error(error), plugin_fault(error)
     if fault is None:
         return known
-    return fault.error(known.message, known.hint) if known else fault.error(fault_text(error))
+    if known is None:
+        return fault.error(fault_text(error))
+    name = type(error).__name__
+    return fault.error(known.message if name in known.message else f"{name}: {known.message}", known.hint)
 
 
 def _machine_error(error: BaseException) -> LlavactlError | None:
@@ -157,12 +161,17 @@ def report_usage(error: click.ClickException) -> None:
 
 def message(label: str, text: str, style: str) -> None:
     """Prints one line to stderr; on terminals the label has the rich style ``style``, and words are wrapped."""
-    console, text = terminal.console(sys.stderr), single_line(text)
+    console, text = terminal.console(sys.stderr), visible(single_line(text))
     with progress.bars_hidden():
         if console is None:
             click.echo(f"{label} {text}", err=True)
         else:
             terminal.print_labeled(console, f"{label} ", text, style)
+
+
+def print_traceback(error: BaseException) -> None:
+    """Prints the traceback of ``error`` to stderr."""
+    click.echo(visible("".join(traceback.format_exception(error))), err=True, nl=False)
 
 
 def single_line(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llavactl.cli import output
+from llavactl.cli import boundary, output
 from llavactl.cli.help import Command
 from llavactl.cli.options import component_options, device_options, json_option, key_values
 from llavactl.cli.prompts import ask
@@ -157,7 +157,7 @@ def _ask(answers: dict[str, Any]) -> None:
         for each in answers["data"]:
             recognize(each, answers["images"], answers["options"])
     except MissingAnswerError as error:
-        click.echo(error.message, err=True)
+        boundary.message("llavactl:", error.message, "yellow")
         answers["images"] = ask("Images: the folder or archive that their paths are relative to", complete)
     if answers["device_memory"] is None:
         target = target_device(None, None)

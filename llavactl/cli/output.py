@@ -1,4 +1,4 @@
-"""Prints results to stdout: plain text or JSON, formatted tables on terminals."""
+"""Prints results to stdout: plain text or JSON, formatted tables on terminals; control characters are made visible."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 
 from llavactl.cli import terminal
 from llavactl.core import progress
+from llavactl.core.control_characters import visible
 from llavactl.core.paths import json_text
 from llavactl.core.quantities import BYTE, quantity
 from llavactl.core.streams import result_stream
@@ -22,7 +23,12 @@ _NUMBER = re.compile(r"-?[\d,.]+ ?%?")
 
 def document(value: Any) -> None:
     """Prints ``value`` as one JSON document."""
-    _print(json_text(_plain(value), indent=2))
+    print_json(_plain(value), indent=2)
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Prints ``value`` as JSON, exactly: it escapes control characters itself."""
+    _print(json_text(value, indent))
 
 
 def report(value: Any, as_json: bool) -> None:
@@ -32,7 +38,7 @@ def report(value: Any, as_json: bool) -> None:
     else:
         from llavactl.recipe.document import write
 
-        _print(write(_readable(_plain(value))).rstrip())
+        line(write(_readable(_plain(value))).rstrip())
 
 
 def _readable(value: Any, key: str = "") -> Any:
@@ -50,7 +56,7 @@ def _readable(value: Any, key: str = "") -> Any:
 
 def line(text: str = "") -> None:
     """Prints one line."""
-    _print(text)
+    _print(visible(text))
 
 
 def paragraph(text: str) -> None:
@@ -58,14 +64,15 @@ def paragraph(text: str) -> None:
     labeled([("", text)])
 
 
-def lines(texts: Sequence[str]) -> None:
-    """Prints lines."""
-    _print("\n".join(texts))
+def lines(texts: Sequence[str], *, styled: bool = False) -> None:
+    """Prints lines; ``styled`` ones contain escape sequences of click, and nothing else that a terminal executes."""
+    _print("\n".join(texts if styled else map(visible, texts)))
 
 
 def labeled(rows: Sequence[tuple[str, str]]) -> None:
     """Prints lines that begin with a label, which is bold on terminals; there, long texts are wrapped."""
     console = terminal.console(result_stream()) if _is_main_process() else None
+    rows = [(visible(label), visible(text)) for label, text in rows]
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
         begin = f"{label:<{width}}  " if width else ""
@@ -88,6 +95,7 @@ def table(
     Titles (``columns``) are printed on terminals, and with ``titles_in_pipes`` elsewhere as well. ``styles`` (rich
     styles of cells by their text) are used on terminals only.
     """
+    rows, columns = [[visible(cell) for cell in row] for row in rows], [visible(title) for title in columns]
     numeric = [all(_NUMBER.fullmatch(cell) for cell in column) for column in zip(*rows, strict=True)]
     console = terminal.console(result_stream()) if _is_main_process() else None
     if console is not None:
@@ -102,8 +110,8 @@ def table(
 
 
 def text(piece: str) -> None:
-    """Prints ``piece`` unchanged, without a newline."""
-    _print(piece, newline=False)
+    """Prints ``piece`` without a newline."""
+    _print(visible(piece), newline=False)
 
 
 def _print(text: str, *, newline: bool = True) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 import click
 
 from llavactl.cli import boundary
+from llavactl.core.control_characters import visible
 from llavactl.core.errors import LlavactlError
 
 Value = TypeVar("Value")
@@ -19,6 +20,7 @@ def ask(label: str, convert: Callable[[str], Value], default: str | None = None)
     Raises:
         click.Abort: Ctrl-C, or the input has ended.
     """
+    label = visible(label)
     while True:
         try:
             text = click.prompt(label, default=default, show_default=bool(default), value_proc=str.strip, err=True)

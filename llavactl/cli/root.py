@@ -19,6 +19,9 @@ from llavactl.core.streams import stdout_to_stderr
 _WIDTH = max(map(len, COMMANDS))
 """Of the names of commands, so that the columns of all groups are aligned."""
 
+FIRST_PARTY_COMMANDS = {"lm-eval": "llavactl-harnesses[lm-eval]", "serve": "llavactl-serve"}
+"""The commands of first-party plugins and their packages, to name the package if it is missing."""
+
 
 class LazyGroup(Group):
     """The built-in commands, then the commands of plugins; ``--help`` imports none of them."""
@@ -37,7 +40,14 @@ class LazyGroup(Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
+            from llavactl.core.errors import PluginError
             from llavactl.core.suggest import suggest
+
+            if package := FIRST_PARTY_COMMANDS.get(args[0]):
+                raise PluginError(
+                    f"`llavactl {args[0]}` is a command of a plugin that is not installed, or not in LLAVACTL_PLUGINS",
+                    hint=f"in a checkout of llavactl: pip install -e 'plugins/{package}'",
+                ) from error
 
             raise click.UsageError(
                 f"{error.message.removesuffix('.')}; {suggest(args[0], self.list_commands(ctx))}", ctx
@@ -67,14 +77,16 @@ def _builtin(name: str) -> click.Command:
 
 
 def _from_plugin(name: str) -> click.Command:
-    from llavactl.core.errors import PluginError
+    from llavactl.core.component_calls import component_error
+    from llavactl.core.plugin_code import location
     from llavactl.core.registry import registry
 
     entry = registry().get("commands", name)
     registry().used.add((entry.kind, entry.name))
     command = entry.load()
     if not isinstance(command, click.Command):
-        raise PluginError(f"command {name!r} of plugin {entry.plugin}: {entry.target} is not a click command")
+        what = f"is {command!r:.60}, expected a click command"
+        raise component_error(entry, f"{entry.target} ({location(command) or entry.where}): {what}")
     return command
 
 

@@ -67,6 +67,8 @@ def command(
     if report.failed:
         runs = sum(len(variant.runs) for variant in report.variants)
         hint = "see `error` of each" if as_json else "the same command tries them again and skips the finished ones"
+        if dry_run:
+            hint = "change the recipe or the axes; nothing was run"
         raise LlavactlError(f"{report.failed} of {runs} runs {'would fail' if dry_run else 'failed'}", hint=hint)
 
 
@@ -93,7 +95,7 @@ def _print(report: SweepReport) -> None:
     output.labeled(
         [
             *(("failed", f"{run.run_dir}: {run.error}") for run in failed),
-            ("computed", ", ".join(f"{step} {count} times" for step, count in report.computed.items()) or "nothing"),
+            ("steps", ", ".join(f"{step} ({count})" for step, count in report.computed.items()) or "none"),
             *([] if report.dry_run else [("time", duration(report.seconds["computed"])), ("report", report.report)]),
         ]
     )

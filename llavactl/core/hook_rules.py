@@ -45,7 +45,10 @@ def hook_problems(manager: pluggy.PluginManager, module: Any) -> list[str]:
 
 
 def result_fault(hook: str, value: object) -> str:
-    """Why ``value`` can't be the result of ``hook``; "" if it can. Hooks that return nothing may return anything."""
+    """Why ``value`` can't be the result of ``hook``; "" if it can. Hooks that return nothing may return anything.
+
+    Of a class where a string is expected, the string that names it.
+    """
     from pydantic import ValidationError
 
     hint, adapter = _result_type(hook)
@@ -53,8 +56,15 @@ def result_fault(hook: str, value: object) -> str:
         if hint is not types.NoneType:
             adapter.validate_python(value, strict=True)
     except ValidationError:
-        return f"returned {value!r:.80}, expected {_type_text(hint)}"
+        named = isinstance(value, type) and str in get_args(hint)
+        expected = f"module:attr, the string {target_of(value)!r}" if named else _type_text(hint)
+        return f"returned {value!r:.80}, expected {expected}"
     return ""
+
+
+def target_of(value: Any) -> str:
+    """The class or function ``value`` as ``module:attr``."""
+    return f"{value.__module__}:{value.__qualname__}"
 
 
 @cache

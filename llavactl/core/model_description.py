@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, cast
 
+from llavactl.core import plugins
 from llavactl.core.errors import ModelError
 from llavactl.core.identity import with_moved_paths
 from llavactl.core.model_files import check_files
 from llavactl.core.paths import read_json
+from llavactl.core.registry import OF_PLUGIN, Spec, component_name, kind_label, registry
 from llavactl.core.schema import FeatureShape
 
 DESCRIPTION = "llavactl.json"
@@ -34,6 +36,10 @@ class _OptionalKeys(TypedDict, total=False):
     quantised: Annotated[str | None, "`nf4` if the language model was trained in 4 bits (QLoRA)"]
     digest: Annotated[str, "a hash of everything that the training, or the imported checkpoint, depends on"]
     sources: Annotated[list[str], "what a checkpoint depends on besides its folder; removed when it is imported"]
+    plugins: Annotated[
+        dict[str, dict[str, str]],
+        "the plugins of its components, by kind: `plugin`, its `package` or file, `version`; not llavactl's own",
+    ]
     restore_best: Annotated[bool, "whether the weights are those of the best checkpoint, not of the last one"]
 
 
@@ -86,7 +92,43 @@ def read_description(folder: Path) -> ModelDescription:
         )
     if missing := sorted(ModelDescription.__required_keys__ - description.keys()):
         raise ModelError(f"{path}: no {', '.join(missing)}", hint="copy the complete model folder, or train again")
-    return cast("ModelDescription", with_moved_paths(description, folder))
+    described = cast("ModelDescription", with_moved_paths(description, folder))
+    for key in ("vision", "connector", "language"):
+        require_component(folder, described, key)
+    return described
+
+
+KINDS = {"vision": "vision", "connector": "connectors", "language": "languages", "template": "templates"}
+"""The kinds of the components in a description, by key."""
+
+
+def require_component(folder: Path, description: Mapping[str, Any], key: str) -> None:
+    """Checks that the component ``key`` of the model in ``folder`` is registered.
+
+    Raises:
+        ModelError: it isn't; the hint names the plugin that it is from, if it is known.
+    """
+    spec = language_spec(folder, description) if key == "language" else description[key]
+    name, kind = component_name(spec), KINDS[key]
+    if name in registry().names(kind):
+        return
+    hint = OF_PLUGIN
+    if origin := description.get("plugins", {}).get(kind):
+        what, package = "{plugin} {version}".format_map(origin), origin["package"]
+        is_file = package.endswith(".py")
+        hint = f"it is from plugin {what}: " + (f"pass --plugin {package}" if is_file else f"install {package}")
+    raise ModelError(f"{folder / DESCRIPTION}: unknown {kind_label(kind)} {name!r}", hint=hint)
+
+
+def component_plugins(components: Mapping[str, Spec]) -> dict[str, dict[str, str]]:
+    """``plugins`` of a description with these ``components``, by key."""
+    entries = (registry().get(KINDS[key], component_name(spec)) for key, spec in components.items())
+    return {
+        entry.kind: {"plugin": entry.plugin, "package": package, "version": version}
+        for entry in entries
+        if entry.plugin != plugins.BUILTIN
+        for package, version in [plugins.package_named(entry.plugin)]
+    }
 
 
 def feature_shape(description: Mapping[str, Any]) -> FeatureShape:

@@ -6,15 +6,13 @@ import contextlib
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from llavactl.core.control_characters import IN_JSON
 from llavactl.core.errors import LlavactlError
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def cache_dir() -> Path:
@@ -152,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; {} if the file is missing, invalid or not an object."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last one: nested too deeply
         return {}
     return document if isinstance(document, dict) else {}
 
@@ -183,12 +181,12 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """``value`` as standard JSON: NaN and infinities as null, undecodable bytes of file names escaped."""
+    """``value`` as standard JSON: NaN and infinities as null, control characters escaped."""
     try:
         text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(value), indent=indent, ensure_ascii=False)
-    return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import inspect
 import sys
@@ -12,8 +13,9 @@ import threading
 import traceback
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from llavactl.core.errors import LlavactlError
@@ -29,16 +31,44 @@ def root_package(target: str) -> str:
 
 
 def plugin_packages() -> dict[str, str]:
-    """The plugins by top-level package: of their modules, and of what they register; without llavactl's own."""
+    """The plugins by top-level package: of their modules, and of what they register; without llavactl's own.
+
+    A target in the standard library or in another distribution's package, such as torch, isn't the plugin's code.
+    """
     from llavactl.core import plugins
     from llavactl.core.registry import registry
 
     packages = {root_package(point.value): point.name for point in plugins.entry_points()}
     for entry in registry():
-        if entry.plugin != plugins.BUILTIN:
-            packages.setdefault(root_package(entry.target), entry.plugin)
+        package = root_package(entry.target)
+        if entry.plugin != plugins.BUILTIN and package not in packages and _provides(entry.plugin, package):
+            packages[package] = entry.plugin
     packages.pop(root_package(__name__), None)
     return packages
+
+
+def _provides(plugin: str, package: str) -> bool:
+    """Whether the top-level ``package`` belongs to the distribution of ``plugin``, or to none."""
+    from llavactl.core import plugins
+
+    if package in sys.stdlib_module_names:
+        return False
+    others = _distributions().get(package, [])
+    return not others or plugins.package_named(plugin)[0] in others
+
+
+_distributions = functools.cache(metadata.packages_distributions)
+
+
+def plugin_of_module(module: str) -> str | None:
+    """The plugin that ``module`` belongs to: of several in one package, the one whose module it is or is inside of."""
+    from llavactl.core import plugins
+
+    package = root_package(module)
+    owner = plugin_packages().get(package)
+    points = [point for point in plugins.entry_points() if root_package(point.value) == package]
+    around = [point for point in points if f"{module}.".startswith(f"{point.module}.")]
+    return max(around, key=lambda point: len(point.module)).name if len(points) > 1 and around else owner
 
 
 def packages_of(plugin: str) -> list[str]:
@@ -76,24 +106,29 @@ class Place:
 
 
 def places(error: BaseException, packages: Collection[str]) -> list[Place]:
-    """The frames of ``error`` in one of ``packages``, innermost last; frames of its causes are within its own.
-
-    A syntax error is in the last place.
-    """
-    # A generator that raises StopIteration isn't in the traceback of the RuntimeError that replaces it.
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None and cause not in chain:
-        chain.append(cause)
-    found = [place for each in chain for place in _frames(each.__traceback__) if place.package in packages]
-    for each in chain:
+    """The frames of ``error`` in one of ``packages``, innermost last; a syntax error is in the last place."""
+    found = [place for place in frame_places(error) if place.package in packages]
+    for each in _chain(error):
         if isinstance(each, SyntaxError) and each.filename and Path(each.filename).is_file():
             where = f"{shown_path(Path(each.filename))}:{each.lineno}"
             found.append(Place(found[-1].module if found else "", "<module>", where))
     return found
 
 
-def _frames(frames: TracebackType | None) -> Iterator[Place]:
-    return (_place(frame, line) for frame, line in traceback.walk_tb(frames))
+def frame_places(error: BaseException) -> list[Place]:
+    """The frames of ``error``, innermost last; frames of its causes are within its own."""
+    return [_place(*each) for error in _chain(error) for each in traceback.walk_tb(error.__traceback__)]
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """``error`` and its causes.
+
+    A generator that raises StopIteration isn't in the traceback of the RuntimeError that replaces it.
+    """
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
 
 
 def _place(frame: FrameType, line: int) -> Place:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavactl.core import plugins
+from llavactl.core.component_calls import running
 from llavactl.core.errors import LlavactlError, PluginError
-from llavactl.core.plugin_code import Place, fault_text, places, plugin_packages
+from llavactl.core.plugin_code import Place, fault_text, frame_places, places, plugin_of_module, plugin_packages
 from llavactl.core.protocols import ALTERNATIVES, CAPABILITIES, KINDS
 from llavactl.core.protocols.members import members
-from llavactl.core.registry import Registration, kind_label, registry
+from llavactl.core.registry import Registration, registry
 
 _METHODS_OF_RESULTS: Mapping[str, Sequence[str]] = {
     "vision": ("preprocess", "encode"),
@@ -45,15 +46,27 @@ def plugin_fault(error: BaseException) -> Fault | None:
 
     An exception of llavactl or of a library that a plugin's code called is the plugin's.
     """
-    owners = plugin_packages()
-    found = places(error, owners)
+    found = places(error, plugin_packages())
+    frames = [place.frame for place in frame_places(error)]
+    if (ran := running(frames)) is not None:
+        inside = set(map(id, frames[ran[0] :]))
+        own = [place for place in found if place.frame is None or id(place.frame) in inside]
+        entry = ran[1].entry
+        if own and plugin_of_module(own[-1].module) == entry.plugin:
+            return Fault(entry.plugin, entry.label, _where(own[-1]))
+        if not own and not ran[1].is_builtin:
+            return Fault(entry.plugin, entry.label, ran[1].place)
     if not found:
         return None
-    plugin = owners[found[-1].package]
-    entry = _component(plugin, [place for place in found if owners[place.package] == plugin])
-    component = f"{kind_label(entry.kind)} {entry.name} of plugin {plugin}" if entry else f"plugin {plugin}"
-    function = _function(found[-1])
-    return Fault(plugin, component, f"{function} ({found[-1].where})" if function else found[-1].where)
+    plugin = plugin_of_module(found[-1].module) or plugin_packages()[found[-1].package]
+    named = _component(plugin, [place for place in found if plugin_of_module(place.module) == plugin])
+    return Fault(plugin, named.label if named else f"plugin {plugin}", _where(found[-1]))
+
+
+def _where(place: Place) -> str:
+    """``function (file:line)``."""
+    function = _function(place)
+    return f"{function} ({place.where})" if function else place.where
 
 
 def plugin_error(error: BaseException) -> PluginError | None:

@@ -43,8 +43,9 @@ def entry_point(file: Path, group: str) -> metadata.EntryPoint:
         PluginError: the file doesn't exist, or its name can't be used.
     """
     name = file.stem
-    if file.suffix != ".py" or not re.fullmatch(r"[A-Za-z_][\w-]*", name):
-        raise PluginError(f"plugin file {file}: the name can't be imported", hint="rename it as in my_plugin.py")
+    if file.suffix != ".py" or not re.fullmatch(r"[\w-]+", name):
+        hint = "rename it: letters, digits, `_` and `-`, then .py"
+        raise PluginError(f"plugin file {file}: its name can't be that of a module", hint=hint)
     if not file.is_file():
         raise PluginError(f"plugin file {file} not found", hint=f"leave out --plugin, or correct {VARIABLE}")
     if _modules.get(name) != file:

@@ -6,11 +6,12 @@ empty: none; unset: all).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,10 @@ BUILTIN = "llavactl"
 SELECTION = "LLAVACTL_PLUGINS"
 _ENTRY_POINT = f"correct the entry point (group {GROUP}) in the package's pyproject.toml, and install it again"
 _PIP = f"{sys.executable} -m pip install"
+
+
+_excluded: set[tuple[str, str]] = set()
+"""The names and modules of plugins that this process can't import."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,12 @@ def selected() -> SelectedPlugins:
             points.append(plugin_files.entry_point(file, GROUP))
         except PluginError as error:
             faults.append((str(file), error))
+    points = [point for point in points if (point.name, point.value) not in _excluded]
     selection = os.environ.get(SELECTION)
     if selection is None:
         return SelectedPlugins(tuple(points), tuple(faults))
     names = {name.strip() for name in selection.split(",") if name.strip()}
-    known = {BUILTIN, *(point.name for point in points)}
+    known = {BUILTIN, *(point.name for point in points), *(name for name, _ in _excluded)}
     for missing in sorted(names - known):
         hint = f"install it, or remove it from {SELECTION}; {suggest(missing, known - {BUILTIN})}".removesuffix("; ")
         faults.append((missing, PluginError(f"{SELECTION}: plugin {missing!r} is not installed", hint=hint)))
@@ -65,6 +71,16 @@ def selected() -> SelectedPlugins:
         if plugin_files.is_file(point) and point.name not in names
     )
     return SelectedPlugins(tuple(point for point in points if point.name in names), tuple(faults), tuple(left_out))
+
+
+@contextlib.contextmanager
+def excluded(points: Iterable[metadata.EntryPoint]) -> Iterator[None]:
+    """Within the context, ``points`` aren't selected; others of the same name are. ``plugins.reload`` applies it."""
+    _excluded.update((point.name, point.value) for point in points)
+    try:
+        yield
+    finally:
+        _excluded.clear()
 
 
 def package_of(point: metadata.EntryPoint) -> tuple[str, str]:
@@ -98,6 +114,8 @@ def loaded(point: metadata.EntryPoint) -> Any:
     Raises:
         PluginError: it names none.
     """
+    if plugin_files.is_file(point):  # its name need not be an identifier
+        return importlib.import_module(point.value)
     names = f"entry point {point.name} of {package_of(point)[0]}"
     match = point.pattern.match(point.value)
     if match is None:

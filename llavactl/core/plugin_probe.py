@@ -41,7 +41,7 @@ class Import:
     """The import of a plugin's module: its time in seconds, the ``HEAVY`` packages that it imported, and what failed.
 
     ``seconds`` is None if the import didn't end (``hangs``), or if it ended the process; ``remedy``: what to do about
-    ``error``.
+    ``error``, or to import less.
     """
 
     seconds: float | None
@@ -86,12 +86,14 @@ def print_import(name: str, value: str, timeout_s: str) -> None:
     before, started, error, remedy = set(sys.modules), time.perf_counter(), "", ""
     with stdout_to_stderr():
         try:
-            plugin_points.loaded(point)
+            module = plugin_points.loaded(point)
         except BaseException as raised:  # noqa: BLE001 - a plugin may call sys.exit at import
             error, remedy = plugin_points.load_fault(point, raised)
         seconds = time.perf_counter() - started
     timer.cancel()
     heavy = [package for package in HEAVY if package in set(sys.modules) - before]
+    if heavy and not error:
+        remedy = plugins.lighter(module)
     _print_and_exit({"seconds": seconds, "heavy": heavy, "error": error, "remedy": remedy})
 
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import pluggy
 
-from llavactl.core import builtin_plugin, hookspecs, plugin_points
+from llavactl.core import builtin_plugin, hookspecs, plugin_points, stopping
 from llavactl.core.errors import PluginError
 from llavactl.core.hook_rules import accepted, hook_problems, result_fault
-from llavactl.core.plugin_code import Place, fault_text, location, raised_at, root_package
+from llavactl.core.plugin_code import Place, fault_text, location, raised_at, root_package, running_at
 from llavactl.core.plugin_points import package_of, version_conflict
 from llavactl.core.streams import stdout_to_stderr
 
@@ -56,6 +56,9 @@ class Plugin:
 _errors: dict[str, list[str]] = {}
 """Errors of plugins, one line each: by module while loading, later by plugin name."""
 
+_returned = False
+"""Whether the caller of ``installed`` reports the errors, so that each is printed once."""
+
 _import_s: dict[str, float] = {}
 """Import times by module."""
 
@@ -69,19 +72,20 @@ def isolated(plugin: str, hook: str = "", *, once: bool = False, hint: str = "")
 
     The line names the ``hook`` that was called and the plugin's line that failed, and ends with ``hint`` or that of a
     PluginError; with ``--verbose``, the traceback follows. With ``once``, only the first exception of a hook is logged
-    (see ``log_failures``). Interrupts propagate, and the hook that was interrupted is logged. Exceptions of the
-    built-in plugin always propagate: they are bugs of llavactl.
+    (see ``log_failures``). Ctrl-C propagates, and the hook that was interrupted is logged; a KeyboardInterrupt that the
+    plugin raises is an exception like others. Exceptions of the built-in plugin always propagate: they are bugs of
+    llavactl.
     """
     try:
         yield
     except GeneratorExit:
         raise
-    except KeyboardInterrupt as interrupt:
-        if plugin != BUILTIN and hook and _raised_at(plugin, interrupt):
-            log.warning("%s", "; ".join(filter(None, (fault(plugin, hook, interrupt), hint))))
-        raise
     except BaseException as error:
         if plugin == BUILTIN:
+            raise
+        if isinstance(error, KeyboardInterrupt) and not stopping.without_signal():
+            if hook and _raised_at(plugin, error):
+                log.warning("%s", "; ".join(filter(None, (fault(plugin, hook, error), hint))))
             raise
         known = error if isinstance(error, PluginError) else PluginError(fault(plugin, hook, error), hint=hint)
         one_line = PluginError(" ".join(known.message.split()), hint=" ".join(known.hint.split()))
@@ -92,7 +96,8 @@ def isolated(plugin: str, hook: str = "", *, once: bool = False, hint: str = "")
         if once and _failures[plugin, hook] > 1:
             return
         _errors.setdefault(plugin, []).append(line)
-        log.warning("%s", line, exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
+        level = logging.DEBUG if _returned else logging.WARNING
+        log.log(level, "%s", line, exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
 
 
 def fault(plugin: str, hook: str, error: BaseException) -> str:
@@ -171,16 +176,27 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
                 module = plugin_points.loaded(point)
                 _import_s[point.value] = time.perf_counter() - started
             _register(plugin_manager, module, point.name)
-        except KeyboardInterrupt:
-            log.warning("the import of plugin %s was interrupted; to skip it, %s", point.name, without(point.name))
-            raise
         except BaseException as error:  # a plugin may call sys.exit at import
+            if isinstance(error, KeyboardInterrupt) and not stopping.without_signal():
+                log.warning("the import of plugin %s was interrupted; to skip it, %s", point.name, without(point.name))
+                raise
             raise load_error(point, error) from error
     seconds = time.perf_counter() - started
     log.debug("plugin %s: imported %s in %.2f s", point.name, point.value, seconds)
     if seconds > SLOW_S:
-        advice = "pass module:attr strings to `register`, so that components are imported on first use"
-        log.warning("plugin %s took %.1f s to import; %s", point.name, seconds, advice)
+        log.warning("plugin %s took %.1f s to import; %s", point.name, seconds, lighter(module))
+
+
+def lighter(module: Any) -> str:
+    """How to make the import of a plugin's ``module`` faster."""
+    import llavactl
+
+    if set(llavactl.__all__) <= getattr(module, "__dict__", {}).keys():
+        return "replace `from llavactl import *`, which imports torch, by the names that it uses"
+    return (
+        "import heavy packages inside functions, or in modules of components: strings such as module:attr are imported "
+        "on first use"
+    )
 
 
 def load_error(point: metadata.EntryPoint, error: BaseException) -> PluginError:
@@ -198,8 +214,13 @@ def without(plugin: str) -> str:
 @contextlib.contextmanager
 def _stalled_import_logged(plugin: str) -> Iterator[None]:
     """Logs one line if the import of ``plugin`` takes longer than ``STALLED_S``: it can't be stopped from here."""
-    text = "plugin %s is still being imported after %g s; to run without it, press Ctrl-C and %s"
-    timer = threading.Timer(STALLED_S, log.warning, (text, plugin, STALLED_S, without(plugin)))
+
+    def warn() -> None:
+        place = running_at([root_package(point.value) for point in entry_points() if point.name == plugin])
+        text = "plugin %s is still being imported after %g s%s; to run without it, press Ctrl-C and %s"
+        log.warning(text, plugin, STALLED_S, f", at {place.where}" if place else "", without(plugin))
+
+    timer = threading.Timer(STALLED_S, warn)
     timer.daemon = True
     timer.start()
     try:
@@ -284,11 +305,16 @@ def check_command(plugin: str) -> str:
 
 
 def installed() -> list[Plugin]:
-    """The built-in plugin and the selected ones, with errors from loading and registering them."""
+    """The built-in plugin and the selected ones, with errors from loading and registering them, which aren't logged."""
     from llavactl import __version__
     from llavactl.core.registry import registry
 
-    registry()
+    global _returned
+    _returned = True
+    try:
+        registry()
+    finally:
+        _returned = False
     hooks = {
         name: tuple(caller.name for caller in manager().get_hookcallers(plugin) or ())
         for name, plugin in manager().list_name_plugin()

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llavactl.core.control_characters import visible
 from llavactl.core.memory import memory_bytes
 from llavactl.core.processes import is_main_process
 from llavactl.core.quantities import gigabytes
@@ -66,7 +67,7 @@ class Bar:
     """A progress bar."""
 
     def __init__(self, what: str, unit: str, total: int | None, start: int, *, memory: bool) -> None:
-        self._what, self._unit, self._total, self._memory = " ".join(what.split()), unit, total or 0, memory
+        self._what, self._unit, self._total, self._memory = visible(" ".join(what.split())), unit, total or 0, memory
         self._nothing_to_do = total is not None and total <= start
         self._start = self._done = self._logged = start
         self._facts: Mapping[str, str] = {}

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llavactl.core import plugins
+from llavactl.core import component_calls, plugins
 from llavactl.core.component_faults import component_fault, target_fault
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
-from llavactl.core.plugin_code import caller_location, located_fault, plugin_packages, root_package
+from llavactl.core.hook_rules import target_of
+from llavactl.core.plugin_code import caller_location, located_fault, root_package
 from llavactl.core.protocols import KINDS
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
@@ -45,6 +46,8 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 NAME_RULE = "lower-case letters, digits, `.`, `_` and `-`"
 
+OF_PLUGIN = "if a plugin registers it, pass --plugin FILE, or install its package"
+
 Spec = str | Mapping[str, Any]
 """A component in a recipe: its name, or ``{"name": …, its options}``."""
 
@@ -66,6 +69,11 @@ class Registration:
     summary: str
     plugin: str
     where: str = field(default="", compare=False)
+
+    @property
+    def label(self) -> str:
+        """The component in messages about what it does: ``connector mean of plugin birds``."""
+        return f"{kind_label(self.kind)} {self.name} of plugin {self.plugin}"
 
     @property
     def subject(self) -> str:
@@ -156,7 +164,8 @@ class Registry:
         """
         names = self.entries.get(kind, {})
         if name not in names:
-            raise RecipeError(f"unknown {kind_label(kind)} {name!r}", hint=suggest(name, names))
+            of_plugin = f"; {OF_PLUGIN}" if kind in KINDS else ""
+            raise RecipeError(f"unknown {kind_label(kind)} {name!r}", hint=f"{suggest(name, names)}{of_plugin}")
         return names[name]
 
     @overload
@@ -194,7 +203,7 @@ class Registry:
         target = entry.load()
         component: object = None
         if not (why := target_fault(target)):
-            component = target(options)
+            component = component_calls.created(target, options, entry)
             fault = component_fault(kind, component)
             why = f"returned {fault}" if fault else ""
         if why:
@@ -202,6 +211,8 @@ class Registry:
                 f"{entry.subject}: {entry.target} {why}",
                 hint=f"`{plugins.check_command(entry.plugin)}` shows details",
             )
+        if entry.plugin != plugins.BUILTIN:
+            component_calls.check_calls(component, entry)
         return component
 
     def options(self, kind: str, spec: Spec, flag: str = "") -> BaseModel:
@@ -247,12 +258,18 @@ def kind_label(kind: str) -> str:
     return {"vision": "vision backbone", "languages": "language model"}.get(kind, kind.removesuffix("s"))
 
 
+def _as_string(target: object) -> str:
+    """The string that names ``target``, if it is a class or function instead of one."""
+    return f"module:attr, the string {target_of(target)!r}" if hasattr(target, "__qualname__") else "module:attr"
+
+
 def _argument_fault(name: object, target: object, options: object, summary: object) -> str:
     """The first invalid argument of ``register``; "" if all are valid."""
+    valid = options is None or (isinstance(options, str) and ":" in options)
     checks = (
         (f"name: expected {NAME_RULE}", name, isinstance(name, str) and bool(NAME.fullmatch(name))),
-        ("target: expected module:attr", target, isinstance(target, str) and ":" in target),
-        ("options: expected module:attr", options, options is None or (isinstance(options, str) and ":" in options)),
+        (f"target: expected {_as_string(target)}", target, isinstance(target, str) and ":" in target),
+        (f"options: expected {_as_string(options)}", options, valid),
         ("summary: expected a string", summary, isinstance(summary, str)),
     )
     return next((f"{what}, got {value!r:.60}" for what, value, valid in checks if not valid), "")
@@ -285,13 +302,6 @@ def registry() -> Registry:
             with plugins.isolated(plugin, f"register_{kind}", hint=hint), stdout_to_stderr():
                 implementation(register=register)
     return filled
-
-
-def plugin_of(component: Any) -> str:
-    """The plugin whose package defines the class of ``component``, or else the module of the class."""
-    module = type(component).__module__
-    package = root_package(module)
-    return plugins.BUILTIN if package == root_package(__name__) else plugin_packages().get(package, module)
 
 
 def _import(target: str, entry: Registration) -> Any:

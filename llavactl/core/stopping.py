@@ -20,15 +20,28 @@ class Terminated(KeyboardInterrupt):
 
 
 _received: list[int] = []
-"""The signals received within ``sigterm_as_interrupt``."""
+"""The signals received within ``signals_as_interrupts``."""
+
+_recording = False
+"""Whether all signals since the start of the command are in ``_received``."""
 
 
 @contextlib.contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
+def signals_as_interrupts() -> Iterator[None]:
     """Makes SIGTERM raise KeyboardInterrupt as Ctrl-C does, in the main thread, unless the signal is ignored."""
+    global _recording
     _received.clear()
-    with _handling((signal.SIGTERM,), _raise):
-        yield
+    before, _recording = _recording, True
+    try:
+        with _handling(_SIGNALS, _raise):
+            yield
+    finally:
+        _recording = before
+
+
+def without_signal() -> bool:
+    """Whether a KeyboardInterrupt was raised by code: signals are recorded, and none was received."""
+    return _recording and not _received
 
 
 def exit_code() -> int:
@@ -91,3 +104,29 @@ def _handling(numbers: tuple[int, ...], handler: Callable[[int, object], None]) 
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+
+
+class Interrupts:
+    """Ctrl-C raises KeyboardInterrupt once after each ``arm``, and is ignored otherwise.
+
+    For a program that continues after Ctrl-C: pressed several times, it interrupts neither cleaning up after the first
+    one nor what follows.
+    """
+
+    def __init__(self) -> None:
+        self._armed = False
+
+    def arm(self) -> None:
+        """The next Ctrl-C raises KeyboardInterrupt."""
+        self._armed = True
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handles Ctrl-C within the context."""
+        with _handling((signal.SIGINT,), self._handle):
+            yield
+
+    def _handle(self, _number: int, _frame: object) -> None:
+        if self._armed:
+            self._armed = False
+            raise KeyboardInterrupt

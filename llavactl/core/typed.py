@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -50,11 +50,16 @@ def predicate(hint: Any) -> Predicate:
         return _tuple_predicate(arguments)
     if origin is not None and issubclass(origin, Mapping):
         return lambda value: isinstance(value, Mapping)
+    if origin in (list, Sequence, Iterable):
+        item = predicate(arguments[0])
+        return lambda value: (
+            isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(map(item, value))
+        )
     if hint is int:
         return lambda value: isinstance(value, int) and not isinstance(value, bool)
     if hint is float:
         return lambda value: isinstance(value, int | float) and not isinstance(value, bool)
-    if getattr(hint, "_is_protocol", False):
+    if getattr(hint, "_is_protocol", False) and "__hash__" in vars(hint):
         methods = [name for name, member in vars(hint).items() if not name.startswith("_") and callable(member)]
         return lambda value: _has(value, *methods)
     return lambda value: isinstance(value, hint)
@@ -70,6 +75,10 @@ def _tuple_predicate(arguments: tuple[Any, ...]) -> Predicate:
         and len(value) == len(predicates)
         and all(predicate(part) for predicate, part in zip(predicates, value, strict=True))
     )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _has(value: Any, *methods: str) -> bool:

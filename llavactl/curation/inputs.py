@@ -109,7 +109,7 @@ def _record_input(name: str, source: RecordSource, stages: tuple[StageNumber, ..
     if not source.path.is_dir():
         require_file(source.path)
     check_component(source)
-    return Input(name, stages, lambda with_samples: scan_records(name, source, with_samples=with_samples), source)
+    return Input(name, stages, lambda with_samples: scan_records(source, with_samples=with_samples), source)
 
 
 def token_lengths(recipe: Outline | None, stage: StageNumber) -> tuple[Lengths | None, str]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from llavactl.components.sources.captioned import is_captioned
 from llavactl.components.sources.image_folder.listing import is_image, listing
+from llavactl.core.component_calls import samples_of
 from llavactl.core.errors import DataError, LlavactlError, RecipeError
 from llavactl.core.locations import is_url
 from llavactl.core.paths import expand_user
@@ -94,7 +95,7 @@ def _checked(data: str, spec: Mapping[str, Any]) -> tuple[list[Sample], int, int
     """As ``_read``, of the source ``spec``, which reads at least one usable sample."""
     source = registry().create("sources", spec)
     check_component(source)
-    first, unusable, count, exact = _read(source)
+    first, unusable, count, exact = _read(source, samples_of(source, registry().get("sources", spec["name"])))
     if not first:
         raise DataError(f"{data}: no usable records", hint="`llavactl data check` lists the problems of each record")
     return first, unusable, count, exact
@@ -238,17 +239,17 @@ def _exists(place: Path, name: str) -> bool:
     return True
 
 
-def _read(source: Source) -> tuple[list[Sample], int, int, bool]:
+def _read(source: Source, samples: Iterator[Sample]) -> tuple[list[Sample], int, int, bool]:
     """The first usable samples, the number of unusable ones among them, the number of all, and whether it is exact."""
     if not isinstance(source, RecordSource):
-        samples = list(itertools.islice(source, MAX_SAMPLES))
-        return samples[:FIRST_SAMPLES], 0, len(samples), len(samples) < MAX_SAMPLES
+        read = list(itertools.islice(samples, MAX_SAMPLES))
+        return read[:FIRST_SAMPLES], 0, len(read), len(read) < MAX_SAMPLES
     first: list[Sample] = []
     unusable = position = 0
     if source.path.is_dir():
         records = list(source.records())
         usable = [record for record in records if not record.problem]
-        list(itertools.islice(source, 1))  # raises if the run would be refused
+        list(itertools.islice(samples, 1))  # raises if the run would be refused
         return [source.sample(record) for record in usable[:FIRST_SAMPLES]], 0, len(records), True
     remaining = source.records()
     for record in itertools.islice(remaining, FIRST_SAMPLES):

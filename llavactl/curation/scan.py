@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from llavactl.core.component_calls import call_error
 from llavactl.core.errors import DataError, LlavactlError, PluginError
 from llavactl.core.protocols import Finding, OtherFindings, RawRecord
 from llavactl.core.schema import Sample
@@ -129,24 +130,24 @@ def _id(record: ScannedRecord) -> str | None:
     return record.sample.id if record.sample is not None else None
 
 
-def scan_records(name: str, source: RecordSource, *, with_samples: bool) -> Iterator[ScannedRecord]:
+def scan_records(source: RecordSource, *, with_samples: bool) -> Iterator[ScannedRecord]:
     """The records of ``source`` with their own findings; samples only if ``with_samples``, for their lengths.
 
     Raises:
         PluginError: a finding of an unknown kind.
     """
     for record in source.records():
-        yield _scanned(name, source, record, with_samples)
+        yield _scanned(source, record, with_samples)
     for where, finding in source.other_findings() if isinstance(source, OtherFindings) else ():
-        _check_kinds(name, where, [finding])
+        _check_kinds(source, "other_findings", where, [finding])
         yield ScannedRecord(where, None, None, (), [finding], 0)
 
 
-def _scanned(name: str, source: RecordSource, record: RawRecord, with_samples: bool) -> ScannedRecord:
+def _scanned(source: RecordSource, record: RawRecord, with_samples: bool) -> ScannedRecord:
     if record.problem:
         return ScannedRecord(record.where, record, None, (), [Finding("json", record.problem)], record.position)
     findings, images = source.examine(record)
-    _check_kinds(name, record.where, findings)
+    _check_kinds(source, "examine", record.where, findings)
     sample = None
     if with_samples:
         try:
@@ -157,15 +158,23 @@ def _scanned(name: str, source: RecordSource, record: RawRecord, with_samples: b
     return ScannedRecord(record.where, record, sample, images, list(findings), record.position)
 
 
-def _check_kinds(name: str, where: str, findings: Iterable[Finding]) -> None:
-    if unknown := [finding.kind for finding in findings if finding.kind not in KINDS]:
-        raise PluginError(
-            f"source {name!r}: {where}: unknown finding {unknown[0]!r}", hint=f"available: {', '.join(KINDS)}"
-        )
+def _check_kinds(source: RecordSource, method: str, where: str, findings: Iterable[Finding]) -> None:
+    if why := finding_fault(findings):
+        raise call_error(source, method, f"{where}: {why}")
+
+
+def finding_fault(findings: Iterable[Finding]) -> str:
+    """The first unknown kind of ``findings``; "" if all are known."""
+    unknown = next((finding.kind for finding in findings if finding.kind not in KINDS), None)
+    return "" if unknown is None else f"returned the unknown finding {unknown!r}; available: {', '.join(KINDS)}"
 
 
 def scan_samples(name: str, samples: Iterable[Sample]) -> Iterator[ScannedRecord]:
-    """The ``samples`` of a source without raw records; an error of the source is the last finding."""
+    """The ``samples`` of a source without raw records; an error of its data is the last finding.
+
+    Raises:
+        PluginError: the source yields something other than samples.
+    """
     count = 0
     try:
         for count, sample in enumerate(samples, 1):
@@ -176,5 +185,7 @@ def scan_samples(name: str, samples: Iterable[Sample]) -> Iterator[ScannedRecord
             elif not all(answers):
                 findings.append(Finding("empty-answer", f"answer {answers.index('') + 1} of {len(answers)}"))
             yield ScannedRecord(sample.where or sample.id, None, sample, sample.images, findings, count)
+    except PluginError:
+        raise
     except LlavactlError as error:
         yield ScannedRecord(f"source {name}", None, None, (), [Finding("source", error.message)], count)

@@ -77,5 +77,5 @@ def describe_held_out(
         shares = [f"{part} of {whole} {what}" for part, whole, what in counts if whole]
         return f"{quantity(samples, 'sample')} with {' and '.join(shares)}"
     largest, wholes = max(sizes.values()), [f"{whole} {what}" for _, whole, what in counts if whole]
-    why = f": up to {largest} of them are connected through common samples" if largest > 1 else ""
+    why = f"; samples with several images connect {largest} of them, which stay together" if largest > 1 else ""
     return f"none of {' and '.join(wholes)}{why}"

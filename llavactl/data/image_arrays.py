@@ -1,7 +1,8 @@
 """References to images as flat arrays.
 
-A reference that can be stored is a dataclass whose fields are strings, numbers, booleans or None. The fields that most
-images of a source share, such as the root of their paths or the shard that contains them, are stored once.
+A reference that can be stored is a dataclass whose fields are strings, numbers, booleans or None. The fields that its
+class names in ``shared_fields``, such as the root of paths or the shard that contains the images, are stored once for
+all images with the same values.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from llavactl.core.registry import import_target
 from llavactl.core.schema import ImageRef
 from llavactl.core.typed import has_methods
 from llavactl.data.packed_strings import PackedStrings, int32
-from llavactl.images.image_file import RelativeImage
 
 _SCALARS = (str, int, float, bool, type(None))
 
@@ -36,9 +36,7 @@ class _Layout(NamedTuple):
         values = [getattr(image, name) for name in self.own]
         if self.own == ("path",):
             return values[0]
-        if not all(type(value) in _SCALARS for value in values):  # JSON would read a tuple back as a list
-            raise TypeError("a field is not a string, number, boolean or None")
-        return json.dumps(values)
+        return _json(values)
 
     def reader(self, shared: Sequence[Any]) -> Callable[[str], Any]:
         """A function from an item to its image, with the values ``shared``."""
@@ -56,7 +54,8 @@ def image_arrays(images: Sequence[ImageRef]) -> dict[str, np.ndarray]:
         for image in images:
             layout = _layout(type(image))
             shared = [getattr(image, name) for name in layout.shared]
-            group, item = json.dumps([layout.target, [*layout.shared, *layout.own], shared]), layout.item(image)
+            group = f"[{json.dumps(layout.target)}, {json.dumps([*layout.shared, *layout.own])}, {_json(shared)}]"
+            item = layout.item(image)
             if group not in groups and layout.reader(shared)(item) != image:
                 return {}
             group_of_image.append(groups.setdefault(group, len(groups)))
@@ -101,9 +100,17 @@ def _layout(kind: type) -> _Layout:
     if not is_dataclass(kind) or not isinstance(kind, type) or not has_methods(kind, "read", "stamp"):
         raise TypeError(f"{kind!r} is not a reference to an image with fields")
     names = [each.name for each in fields(kind)]
-    if issubclass(kind, RelativeImage):
-        own: tuple[str, ...] = ("path",)
-    else:  # strings other than the name are those of its file
-        own = tuple(each.name for each in fields(kind) if each.name == "name" or "str" not in str(each.type))
-    target = f"{kind.__module__}:{kind.__qualname__}"
-    return _Layout(kind, target, tuple(name for name in names if name not in own), own)
+    shared = tuple(name for name in names if name in getattr(kind, "shared_fields", ()))
+    own = tuple(name for name in names if name not in shared)
+    return _Layout(kind, f"{kind.__module__}:{kind.__qualname__}", shared, own)
+
+
+def _json(values: Sequence[Any]) -> str:
+    """``values`` as JSON that is read back as the same values.
+
+    Raises:
+        TypeError: it wouldn't be, such as a tuple, which becomes a list.
+    """
+    if not all(type(value) in _SCALARS for value in values):
+        raise TypeError("a field is not a string, number, boolean or None")
+    return json.dumps(values)

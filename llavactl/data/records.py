@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llavactl.core.errors import PluginError
-from llavactl.core.registry import registry
-from llavactl.core.schema import Sample, Turn
+from llavactl.core.component_calls import samples_of
+from llavactl.core.registry import component_name, registry
+from llavactl.core.schema import Turn
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import Content, ImageRef
+    from llavactl.core.registry import Spec
+    from llavactl.core.schema import Content, ImageRef, Sample
     from llavactl.recipe.specs import SourceSpec
 
 
@@ -23,31 +24,16 @@ def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:
         PluginError: a source yields something other than samples, or turns that don't alternate.
     """
     for spec in specs:
-        for sample in registry().create("sources", spec.spec()):
-            if why := _fault(sample):
-                raise PluginError(
-                    f"source {spec.name} of plugin {registry().get('sources', spec.name).plugin}: {why}",
-                    hint="`llavactl.testing.check_source` tests a source",
-                )
+        for sample in source_samples(spec.spec()):
             if spec.split_turns:
                 yield from split_turns(sample)
             else:
                 yield sample
 
 
-def _fault(sample: object) -> str:
-    """Why ``sample`` isn't a sample whose turns alternate from the user's on, after a system turn; "" if it is.
-
-    A source of images or captions may yield samples without turns.
-    """
-    if not isinstance(sample, Sample):
-        return f"yielded {type(sample).__name__}, expected Sample"
-    roles = [turn.role for turn in sample.turns]
-    first = roles[:1] == ["system"]
-    if roles[first::2].count("user") + roles[first + 1 :: 2].count("assistant") == len(roles) - first:
-        return ""
-    where = f"{sample.where}: " if sample.where else ""
-    return f"{where}sample {sample.id!r}: expected turns user, assistant, …, got {', '.join(roles)}"
+def source_samples(spec: Spec) -> Iterator[Sample]:
+    """The samples of the source ``spec``. Raises the same errors as ``samples``."""
+    return samples_of(registry().create("sources", spec), registry().get("sources", component_name(spec)))
 
 
 def split_turns(sample: Sample) -> Iterator[Sample]:

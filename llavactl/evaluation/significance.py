@@ -21,7 +21,9 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     proportion, correction = right / n, Z95**2 / n
     center = (proportion + correction / 2) / (1 + correction)
     half_width = Z95 / (1 + correction) * sqrt(proportion * (1 - proportion) / n + correction / (4 * n))
-    return 100 * max(0.0, center - half_width), 100 * min(1.0, center + half_width)
+    # Exactly 0 and 1 at the ends, where the difference has a rounding error.
+    low, high = center - half_width if right else 0.0, center + half_width if right < n else 1.0
+    return 100 * low, 100 * high
 
 
 def intervals(questions: Sequence[Question], scores: Scores) -> dict[str, tuple[float, float]]:

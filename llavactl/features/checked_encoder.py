@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llavactl.core.component_calls import call_error
 from llavactl.core.errors import PluginError
 from llavactl.core.protocols import Encoder, ShapedVision
 from llavactl.core.protocols.members import missing_members
-from llavactl.core.registry import plugin_of
 from llavactl.core.schema import FeatureShape
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ BATCH_TOLERANCE = 5e-2
 Half precision with another batch size differs by less.
 """
 
-_HINT = "`llavactl.testing.check_vision` tests a backbone separately"
-
 
 def load_encoder(vision: Vision, device: str, dtype: str) -> Encoder:
     """Loads the encoder of ``vision``; its pixels and features are validated on use.
@@ -41,18 +39,18 @@ def load_encoder(vision: Vision, device: str, dtype: str) -> Encoder:
     """
     log.debug("loading vision backbone %s on %s in %s", type(vision).__name__, device, dtype)
     encoder = vision.load(device, dtype)
-    label = f"vision backbone {type(vision).__name__} of plugin {plugin_of(vision)}"
-    if missing := missing_members(encoder, Encoder):
-        raise PluginError(f"{label}: the encoder has no {' and no '.join(missing)}", hint=_HINT)
-    methods = {"preprocess": encoder.preprocess, "encode": encoder.encode}
-    if others := [name for name, method in methods.items() if not callable(method)]:
-        raise PluginError(f"{label}: {' and '.join(others)} of the encoder can't be called", hint=_HINT)
+    missing = missing_members(encoder, Encoder)
+    missing += [
+        name for name in ("preprocess", "encode") if name not in missing and not callable(getattr(encoder, name))
+    ]
+    if missing:
+        raise call_error(vision, "load", f"returned an encoder without {' and '.join(missing)}")
     shape: Any = encoder.shape
     if not isinstance(shape, FeatureShape):
-        raise PluginError(f"{label}: the encoder's shape is {shape!r}, expected a FeatureShape", hint=_HINT)
+        raise call_error(vision, "load", f"returned an encoder of shape {shape!r}, expected a FeatureShape")
     if isinstance(vision, ShapedVision) and (declared := vision.shape()) != shape:
-        raise PluginError(f"{label}: shape() returned {declared}, but the encoder has {shape}", hint=_HINT)
-    return CheckedEncoder(encoder, label, shape, CheckedPreprocess(encoder.preprocess, _pixel_shape(encoder)))
+        raise call_error(vision, "shape", f"returned {declared}, but the encoder has {shape}")
+    return CheckedEncoder(encoder, shape, CheckedPreprocess(encoder.preprocess, _pixel_shape(encoder)))
 
 
 def unchecked(encoder: Encoder) -> Encoder:
@@ -93,7 +91,6 @@ class CheckedEncoder:
     """
 
     encoder: Encoder
-    label: str
     shape: FeatureShape
     preprocess: CheckedPreprocess
     compared: bool = False
@@ -112,11 +109,15 @@ class CheckedEncoder:
         if isinstance(features, torch.Tensor):
             actual = f"{tuple(features.shape)} on {features.device}"
         if not isinstance(features, torch.Tensor) or actual != expected:
-            raise PluginError(f"{self.label}: encode() returned {actual}, expected {expected}", hint=_HINT)
+            raise self.error(f"returned {actual}, expected {expected}")
         if not self.compared and len(pixels) > 1:
             self.compared = True
             single = self.encode(pixels[-1:])
             if (single - features[-1:]).norm() > BATCH_TOLERANCE * features[-1:].norm():
                 reason = "an image's features depend on the other images of its batch, or differ between calls"
-                raise PluginError(f"{self.label}: {reason}", hint=_HINT)
+                raise self.error(reason)
         return features.detach()
+
+    def error(self, what: str) -> PluginError:
+        """The error that the encoder did ``what``."""
+        return call_error(self.encoder, "encode", what)

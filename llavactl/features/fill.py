@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llavactl.core import progress
+from llavactl.core.component_calls import call_error
+from llavactl.core.errors import PluginError
 from llavactl.core.quantities import gigabytes
 from llavactl.features.backbone import OVERFLOW, Backbone, BatchFeatures
 from llavactl.features.checked_encoder import load_encoder, unchecked
@@ -30,12 +32,16 @@ from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
 
 if TYPE_CHECKING:
+    from llavactl.core.protocols import Encoder
     from llavactl.core.schema import ImageRef
     from llavactl.recipe.frame import VisionRecipe
     from llavactl.recipe.sections import Features
 
 _MAX_PENDING_BATCHES = 4
 """The number of batches that may wait to be written while the fsync and checksum of a full shard block the writer."""
+
+MAX_NOT_FINITE = 64
+"""The number of images without finite features, before any with, after which extraction stops: a broken encoder."""
 
 Advance = Callable[[int, int], object]
 
@@ -152,6 +158,7 @@ def fill_store(job: ExtractionJob, advance: Advance = lambda _images, _bytes: No
 
     Raises:
         StoreError: the store can't be written, or another process is writing to it.
+        PluginError: the encoder returns no finite features.
     """
     started = time.perf_counter()
     count = 0
@@ -173,7 +180,7 @@ def fill_store(job: ExtractionJob, advance: Advance = lambda _images, _bytes: No
         ):
             pending: deque[Future[None]] = deque()
             max_pending = _MAX_PENDING_BATCHES * settings.batch_size // backbone.batch_size
-            for batch in batches:
+            for batch in _until_finite(batches, backbone.encoder):
                 pending.append(pool.submit(_write_batch, writer, batch))
                 if len(pending) > max_pending:
                     pending.popleft().result()
@@ -183,6 +190,31 @@ def fill_store(job: ExtractionJob, advance: Advance = lambda _images, _bytes: No
             for future in pending:
                 future.result()
     return FillResult(count, writer.bytes_written, time.perf_counter() - started, failures)
+
+
+def _until_finite(batches: Iterable[EncodedImages], encoder: Encoder) -> Iterator[EncodedImages]:
+    """``batches``; those before the first finite features wait for them, so that no image is skipped for a fault of
+    the encoder.
+
+    Raises:
+        PluginError: none of several images, of the first ``MAX_NOT_FINITE`` or of all, has finite features.
+    """
+    waiting: list[EncodedImages] = []
+    not_finite, finite = 0, False
+    for batch in batches:
+        waiting.append(batch)
+        not_finite += sum(failure.reason == OVERFLOW for failure in batch.failures.values())
+        finite = finite or bool(batch.keys)
+        if finite:
+            yield from waiting
+            waiting.clear()
+        elif not_finite >= MAX_NOT_FINITE:
+            break
+    if not finite and not_finite > 1:
+        what = f"returned features that are not finite in float16 for all of {not_finite} images"
+        error = call_error(unchecked(encoder), "encode", what)
+        raise PluginError(error.message, hint=error.hint or "set `features.compute: float32`")
+    yield from waiting
 
 
 def fill_stores(jobs: Sequence[ExtractionJob]) -> dict[str, FillResult]:

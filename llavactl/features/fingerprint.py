@@ -32,7 +32,10 @@ class Fingerprint:
         Raises:
             ValueError: ``text`` is not a JSON object.
         """
-        fields = json.loads(text)
+        try:
+            fields = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
         if not isinstance(fields, dict):
             raise ValueError("expected a JSON object")
         return cls(fields)

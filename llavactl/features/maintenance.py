@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llavactl.core.errors import StoreError
-from llavactl.features.manifest import ShardEntry, read_manifest
+from llavactl.features.manifest import ShardEntry, read_fingerprint, read_manifest
 from llavactl.features.shards import DamagedShardError, Shard, checksum
+from llavactl.features.store import FeatureStore
 from llavactl.features.writer import exclusive, is_writable, unfinished_files
+from llavactl.images.known import interrupted_files, keys_in, known_files
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,29 @@ def _shard_fault(folder: Path, entry: ShardEntry) -> ShardFault | None:
 def unused_files(folder: Path) -> list[Path]:
     """Files that no reader uses: unfinished shards of interrupted writers, and shards set aside as damaged."""
     return [*unfinished_files(folder), *sorted(folder.glob("*.damaged"))]
+
+
+def unused_known_images(folders: Sequence[Path]) -> list[Path]:
+    """The files of known images (``images.known``) of which none is in the stores in ``folders``, or left unfinished.
+
+    If a store can't be read, all known images are kept: some of them may be in it.
+
+    Raises:
+        DataError: such a file is damaged.
+    """
+    unfinished = interrupted_files()
+    if not (files := known_files()):
+        return unfinished
+    try:
+        stores = [
+            FeatureStore(folder, fingerprint, manifest)
+            for folder in folders
+            if (fingerprint := read_fingerprint(folder)) and (manifest := read_manifest(folder))
+        ]
+    except StoreError as error:
+        log.warning("known images of feature packs are kept: %s", error.message)
+        return unfinished
+    return [*unfinished, *(file for file in files if not any(store.has_any(keys_in(file)) for store in stores))]
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except OSError as error:
         raise _read_error(folder / _MANIFEST, error) from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise StoreError(
             f"{folder / _MANIFEST} is damaged: {error}",
             hint="remove this file: `llavactl extract` then lists the existing shards again",

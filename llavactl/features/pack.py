@@ -16,10 +16,11 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os.path import realpath
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llavactl.core.errors import StoreError
+from llavactl.core.locations import is_absolute
 from llavactl.core.paths import read_json
 from llavactl.features.fingerprint import FORMAT as STORE_FORMAT
 from llavactl.features.fingerprint import Fingerprint
@@ -84,17 +85,17 @@ class Pack:
         """
         path = self.folder / IMAGES
         check_file(path, self.files[IMAGES])
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for line in lines:
                 try:
                     fields = json.loads(line)
                     root, image, key = fields["root"], fields["image"], fields["key"]
                     image.encode("utf-8", "surrogateescape")
                     valid = type(root) is int and 0 <= root < len(self.roots) and _KEY.fullmatch(key)
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     valid = False
                 if not valid:
-                    raise _invalid(path, f"not an image with its key: {line.strip():.80}")
+                    raise _invalid(path, f"not an image with its key: {line.strip()[:80].decode(errors='replace')}")
                 yield root, image, key
 
 
@@ -118,7 +119,7 @@ def read_pack(folder: Path) -> Pack:
     stores = tuple(_store(folder / name, files) for name in identifiers)
     try:
         roots = tuple(_root(fields) for fields in document["roots"])
-        images = int(document["images"])
+        images = _integer(document["images"])
     except (KeyError, TypeError, ValueError) as error:
         raise _invalid(folder / PACK, str(error)) from error
     return Pack(folder, stores, roots, images, files)
@@ -142,7 +143,7 @@ def _document(folder: Path) -> dict[str, Any]:
         raise _invalid(path, "not a JSON object")
     if document.get("format") != FORMAT:
         raise StoreError(
-            f"{folder} has format {document.get('format')}, expected {FORMAT}",
+            f"{folder} has format {document.get('format')!r:.80}, expected {FORMAT}",
             hint="export the pack again with this version of llavactl, or install the version that wrote it",
         )
     return document
@@ -158,7 +159,7 @@ def _files(folder: Path, document: Mapping[str, Any]) -> dict[str, PackedFile]:
     if IMAGES not in listed:
         raise _invalid(folder / PACK, f"{IMAGES} is not listed")
     try:
-        return {name: PackedFile(int(file["bytes"]), str(file["sha256"])) for name, file in listed.items()}
+        return {name: PackedFile(_integer(file["bytes"]), str(file["sha256"])) for name, file in listed.items()}
     except (TypeError, KeyError, ValueError) as error:
         raise _invalid(folder / PACK, f"files: {error}") from error
 
@@ -194,12 +195,12 @@ def check_file(path: Path, file: PackedFile) -> None:
     except OSError as error:
         raise StoreError(f"{path} can't be read: {error.strerror or error}", hint="check disk and mount") from error
     if digest != file.sha256:
-        raise damaged_file(path)
+        raise damaged_file(path, "checksum mismatch")
 
 
-def damaged_file(path: Path) -> StoreError:
-    """The error for a file of a pack with another checksum."""
-    return StoreError(f"{path} is damaged: checksum mismatch", hint=_COPY_AGAIN)
+def damaged_file(path: Path, reason: str) -> StoreError:
+    """The error for a file of a pack whose content is wrong."""
+    return StoreError(f"{path} is damaged: {reason}", hint=_COPY_AGAIN)
 
 
 def _store(folder: Path, files: Mapping[str, PackedFile]) -> PackedStore:
@@ -208,7 +209,10 @@ def _store(folder: Path, files: Mapping[str, PackedFile]) -> PackedStore:
         if name not in own:
             raise _invalid(folder, f"{name} is not listed")
         check_file(folder / name, own[name])
-    fingerprint, manifest = read_fingerprint(folder), read_manifest(folder)
+    try:
+        fingerprint, manifest = read_fingerprint(folder), read_manifest(folder)
+    except StoreError as error:  # its hint is that for a store
+        raise StoreError(error.message, hint="export the pack again") from error
     if fingerprint is None or manifest is None:
         raise _invalid(folder, "it was changed while it was read")
     if (version := fingerprint.fields.get("format")) != STORE_FORMAT:
@@ -229,9 +233,20 @@ def _root(fields: Any) -> ImagesRoot:
     identifier, relative = fields["id"], fields["relative"]
     if not isinstance(identifier, str) or not re.fullmatch("[0-9a-f]{32}", identifier):
         raise ValueError(f"invalid root {identifier!r:.80}")
-    if relative is not None and (not isinstance(relative, str) or "\0" in relative):
+    if relative is not None and (not isinstance(relative, str) or "\0" in relative or _leads_outside(relative)):
         raise ValueError(f"invalid root {relative!r:.80}")
     return ImagesRoot(identifier, relative)
+
+
+def _leads_outside(relative: str) -> bool:
+    """Whether a location that should be relative to the folder of the recipe may be outside it."""
+    return is_absolute(relative) or ".." in PurePosixPath(relative).parts
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"expected an integer, got {value!r:.80}")
+    return value
 
 
 def _invalid(path: Path, reason: str) -> StoreError:

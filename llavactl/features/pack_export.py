@@ -18,8 +18,8 @@ from pathlib import Path
 from llavactl.core import progress
 from llavactl.core.errors import StoreError
 from llavactl.core.locations import is_url
-from llavactl.core.paths import exclusive_lock, open_atomic, read_json, sync_folder, write_json
-from llavactl.core.quantities import BYTE, quantity
+from llavactl.core.paths import exclusive_lock, open_atomic, read_json, sync_folder, write_atomic, write_json
+from llavactl.core.quantities import BYTE
 from llavactl.features.disk import check_free_space, free_bytes
 from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.manifest import (
@@ -29,6 +29,7 @@ from llavactl.features.manifest import (
     write_fingerprint,
 )
 from llavactl.features.pack import FORMAT, IMAGES, PACK, README, UNFINISHED, ImagesRoot, PackedFile, is_pack_file
+from llavactl.features.pack_readme import ExportedStore, readme
 from llavactl.features.pack_selection import ExportedShard, Names, Selected, StoreSelection
 from llavactl.features.shard_copy import copy_shard
 from llavactl.features.shards import checksum
@@ -41,16 +42,6 @@ _WRITTEN = PACK, UNFINISHED, IMAGES, README, "manifest.json", "fingerprint.json"
 
 Plans = Sequence[tuple[StoreSelection, Sequence[ExportedShard]]]
 """The shards to export of each store."""
-
-
-@dataclass(frozen=True)
-class ExportedStore:
-    """``images`` of a store, in ``shards`` shards of the pack with ``bytes`` bytes."""
-
-    fingerprint: str
-    images: int
-    shards: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -148,9 +139,11 @@ def _locked(folder: Path) -> Iterator[None]:
     file = folder / _LOCK  # the parent folder may belong to somebody else
     busy = StoreError(f"another process is exporting to {folder}", hint="wait until it has finished")
     with exclusive_lock(file, busy):
-        yield
-        with contextlib.suppress(OSError):
-            file.unlink()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def _write(
@@ -203,8 +196,9 @@ def _write(
         for (root, path), key in names.items():
             line = {"root": roots[root][0], "image": path, "key": key}
             out.write(f"{json.dumps(line)}\n".encode())
-    with open_atomic(folder / README) as out:
-        out.write(_readme(folder.resolve().name, plans, report, licenses).encode())
+    selections = [selection for selection, _ in plans]
+    text = readme(folder.resolve().name, selections, report.stores, report.images, licenses)
+    write_atomic(folder / README, text)
     files |= {name: _packed(folder / name) for name in (IMAGES, README)}
     for name in previous.keys() - files.keys():
         (folder / name).unlink(missing_ok=True)
@@ -285,52 +279,3 @@ def _relative(root: str, base: Path) -> str | None:
     except ValueError:  # another drive of Windows
         return None
     return None if ".." in relative.parts else relative.as_posix()
-
-
-def _readme(
-    name: str,
-    plans: Plans,
-    report: PackReport,
-    licenses: Sequence[str],
-) -> str:
-    """README.md of a pack."""
-    rows = []
-    for (selection, _), store in zip(plans, report.stores, strict=True):
-        shape, fields = selection.manifest.shape, selection.fingerprint
-        grid = f"{shape.grid[0]}×{shape.grid[1]}" + (f" + {shape.prefix}" if shape.prefix else "")
-        size = quantity(store.bytes, BYTE)
-        backbone = Path(selection.backbone).name or "unknown"
-        rows.append(f"| {fields.id} | {backbone} | {grid} × {shape.width} {fields.dtype} | {store.images:,} | {size} |")
-    return "\n".join([
-        f"# {name}",
-        "",
-        "Features of a frozen vision encoder, computed by llavactl, to train where the images are not.",
-        "",
-        "| store | encoder | features of an image | images | size |",
-        "|---|---|---|---|---|",
-        *rows,
-        "",
-        f"`{IMAGES}` has the names of {report.images:,} images. `{PACK}` has the sha256 of every file.",
-        "",
-        "## Use",
-        "",
-        "In the folder of the recipe, with the same records and models:",
-        "",
-        "```sh",
-        f"llavactl cache import path/to/{name}",
-        "llavactl train --stage 1",
-        "```",
-        "",
-        "The shards are plain HDF5 files. Features can reveal what an image shows.",
-        "",
-        "## License",
-        "",
-        *(licenses or ["Unknown."]),
-        "",
-    ])  # fmt: skip
-
-
-def license_items(text: str, selections: Sequence[StoreSelection], license_of: Callable[[str], str]) -> list[str]:
-    """The license note ``text``, if any, and the license of each backbone by ``license_of``."""
-    backbones = dict.fromkeys(selection.backbone for selection in selections if selection.backbone)
-    return [*([f"- features: {text}"] if text else []), *map(license_of, backbones)]

@@ -11,12 +11,12 @@ import numpy as np
 
 from llavactl.core import progress
 from llavactl.core.errors import StoreError
-from llavactl.core.hashes import stamp_bytes
+from llavactl.core.hashes import STAMP_BYTES, stamp_bytes
 from llavactl.core.quantities import BYTE
 from llavactl.features.disk import check_free_space, free_bytes
 from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.manifest import ShardEntry, stores_dir
-from llavactl.features.pack import Pack, PackedStore, damaged_file, read_pack
+from llavactl.features.pack import IMAGES, Pack, PackedStore, damaged_file, read_pack
 from llavactl.features.shard_copy import row_bytes
 from llavactl.features.shards import DamagedShardError, Shard
 from llavactl.features.store import FeatureStore
@@ -80,11 +80,12 @@ def import_pack(
     size = sum(plan.bytes for shards in plans.values() for plan in shards)
     free = free_bytes()
     if not dry_run:
+        named = _named_images(pack)  # before anything is stored: the list may be damaged
         check_free_space(size, free)
         with progress.bar(size, "importing", BYTE) as bar:
             for store in stores:
                 _merge(store, bar.advance)
-        _remember_images(pack, base)
+        _remember_images(pack, named, base)
     return ImportReport(
         path=str(folder),
         images=pack.images,
@@ -144,9 +145,9 @@ def _open(store: PackedStore, entry: ShardEntry) -> Shard:
     try:
         shard = Shard.open(path)
     except DamagedShardError as error:
-        raise damaged_file(path) from error
+        raise damaged_file(path, "it is no shard of features") from error
     if shard.fingerprint != store.fingerprint or shard.shape != store.manifest.shape or len(shard.keys) != entry.images:
-        raise damaged_file(path)
+        raise damaged_file(path, "its fingerprint, shape or number of images is not that of its store")
     return shard
 
 
@@ -159,25 +160,41 @@ def _merge(store: PackedStore, advance: Callable[[int], object]) -> None:
             try:
                 writer.add_shard(path, plan.entry, plan.rows, conditions, advance)
             except DamagedShardError as error:
-                raise damaged_file(path) from error
+                raise damaged_file(path, "checksum mismatch") from error
         here = FeatureStore.open(store.fingerprint)
         for key, reason in manifest.skipped.items():
             if key not in here and key not in here.skipped:
                 writer.skip(key, reason)
 
 
-def _remember_images(pack: Pack, base: Path) -> None:
-    """Makes the keys of the named images known, below the same absolute locations and those relative to ``base``."""
+def _named_images(pack: Pack) -> list[tuple[bytes, bytes]]:
+    """The stamps and the keys of the named images below each root, concatenated.
+
+    Raises:
+        StoreError: the list is damaged, or names an image with two contents.
+    """
     stamps = [bytearray() for _ in pack.roots]
     keys = [bytearray() for _ in pack.roots]
     for place, image, key in pack.named_images():
         stamps[place] += stamp_bytes(image)
         keys[place] += bytes.fromhex(key)
-    for index, root in enumerate(pack.roots):
+    for of_root, keys_of_root in zip(stamps, keys, strict=True):
+        table = np.frombuffer(of_root, f"S{STAMP_BYTES}")
+        order = np.argsort(table, kind="stable")
+        ordered_keys = np.frombuffer(keys_of_root, np.uint8).reshape(-1, 32)[order]
+        is_repeated = table[order][1:] == table[order][:-1]
+        if (is_repeated & (ordered_keys[1:] != ordered_keys[:-1]).any(axis=1)).any():
+            raise damaged_file(pack.folder / IMAGES, "an image has two contents")
+    return [(bytes(of_root), bytes(keys_of_root)) for of_root, keys_of_root in zip(stamps, keys, strict=True)]
+
+
+def _remember_images(pack: Pack, named: Sequence[tuple[bytes, bytes]], base: Path) -> None:
+    """Makes the keys of the ``named`` images known, below the same locations and those relative to ``base``."""
+    for root, (stamps, keys) in zip(pack.roots, named, strict=True):
         identifiers = {root.id} if root.relative is None else {root.id, root_id(os.path.join(base, root.relative))}  # noqa: PTH118
         try:
             for identifier in sorted(identifiers):
-                remember_keys(identifier, bytes(stamps[index]), bytes(keys[index]))
+                remember_keys(identifier, stamps, keys)
         except OSError as error:
             raise StoreError(
                 f"{stores_dir().parent} can't be written: {error.strerror or error}",

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from llavactl.core.component_calls import call_place
 from llavactl.core.errors import DataError, StoreError
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape, ImageContents
 from llavactl.features.backbone import OVERFLOW, Backbone
-from llavactl.features.checked_encoder import load_encoder
+from llavactl.features.checked_encoder import load_encoder, unchecked
 from llavactl.features.device import default_device
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, error_reason
@@ -140,8 +141,11 @@ class LiveFeatures:
         except OSError as error:
             raise DataError(f"image {image.name} can't be read: {error_reason(error)}") from error
         if isinstance(features, Failure):
-            hint = "`features.mode: cached` skips such images" if features.reason == OVERFLOW else ""
-            raise DataError(f"image {image.name} can't be read: {features.reason}", hint=hint)
+            if features.reason == OVERFLOW:
+                encoder = call_place(unchecked(self.encoder), "encode")
+                hint = "`features.mode: cached` skips such images; if all are, the encoder is broken"
+                raise DataError(f"image {image.name}: {features.reason}: {encoder}", hint=hint)
+            raise DataError(f"image {image.name} can't be read: {features.reason}")
         return features.copy()
 
     def arrays(self, image: ImageRef) -> tuple[np.ndarray, ...]:

@@ -96,6 +96,10 @@ class FeatureStore:
         positions = np.minimum(np.searchsorted(self.keys, queries), len(self.keys) - 1)
         return np.asarray(self.keys[positions] == queries)
 
+    def has_any(self, keys: Sequence[str]) -> bool:
+        """Whether one of ``keys`` has features, or a reason why it has none."""
+        return bool(self.holds(keys).any()) or any(key in self.skipped for key in keys)
+
     def known_keys(self, images: Sequence[ImageRef], keys: Sequence[str | OSError]) -> list[str | OSError]:
         """``keys``, with the known ones of images that can't be read, if the store can do without these images.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from os.path import realpath
 from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISREG
+from typing import ClassVar
 
 from llavactl.core.locations import shortened
 from llavactl.core.paths import file_stamp
@@ -21,6 +22,8 @@ class RelativeImage:
     Raises:
         DataError: ``path`` leads outside ``root``; a record must not reach any other file.
     """
+
+    shared_fields: ClassVar[tuple[str, ...]] = ("root",)
 
     root: str
     path: str
@@ -42,6 +45,8 @@ class ImageFile(RelativeImage):
     ``root`` may itself be a link. If no file has exactly this name, a file with an equivalent name is used, see
     ``llavactl.images.lookup.find_file``.
     """
+
+    shared_fields: ClassVar[tuple[str, ...]] = ("root", "follow_links")
 
     follow_links: bool = False
 

@@ -7,6 +7,7 @@ bytes, sorted, and mapped into memory. An image is looked up only if it can't be
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,39 @@ def root_id(root: str) -> str:
 def is_known_root(root: str) -> bool:
     """Whether content keys of images below ``root`` are known."""
     return _file(root_id(root)).is_file()
+
+
+def known_files() -> list[Path]:
+    """The files of known images, one for each root."""
+    return sorted(_file("").parent.glob("*.npy"))
+
+
+def interrupted_files() -> list[Path]:
+    """What interrupted imports left."""
+    return sorted(_file("").parent.glob(".*.npy.*"))
+
+
+def keys_in(file: Path) -> list[str]:
+    """The content keys of the images in ``file``, one of ``known_files``.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    data = _table(file, file.stat().st_mtime_ns)[1].tobytes().hex()
+    return [data[start : start + 2 * _KEY_BYTES] for start in range(0, len(data), 2 * _KEY_BYTES)]
+
+
+def forget(file: Path) -> None:
+    """Removes ``file``, of ``known_files`` (its images are then not known any more) or ``interrupted_files``.
+
+    Raises:
+        DataError: an import is writing it, or it can't be removed.
+    """
+    try:
+        with _locked(file):
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{file} can't be removed: {error.strerror or error}", hint="remove it manually") from error
 
 
 def known_key(image: ImageRef) -> str | None:
@@ -68,8 +102,7 @@ def remember_keys(identifier: str, stamps: bytes, keys: bytes) -> None:
     import numpy as np
 
     file = _file(identifier)
-    busy = DataError(f"another process is writing {file}", hint="wait until it has finished, then run the same command")
-    with exclusive_lock(file.with_suffix(".lock"), busy, timeout_s=60):
+    with _locked(file):
         old = _table(file, file.stat().st_mtime_ns) if file.exists() else _split(np.empty(0, np.uint8))
         new = _split(np.frombuffer(stamps + keys, np.uint8))
         all_stamps = np.concatenate([new[0], old[0]])
@@ -79,6 +112,12 @@ def remember_keys(identifier: str, stamps: bytes, keys: bytes) -> None:
             left.unlink()
         with open_atomic(file) as out:
             np.save(out, np.concatenate([unique.view(np.uint8), kept.reshape(-1)]))
+
+
+def _locked(file: Path) -> AbstractContextManager[None]:
+    busy = DataError(f"another process is writing {file}", hint="wait until it has finished, then run the same command")
+    identifier = file.name.lstrip(".").partition(".")[0]
+    return exclusive_lock(file.with_name(f"{identifier}.lock"), busy, timeout_s=60)
 
 
 def _file(identifier: str) -> Path:

@@ -6,9 +6,11 @@ import base64
 import binascii
 import hashlib
 import io
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +22,7 @@ from llavactl.core.schema import ImageRef
 from llavactl.core.typed import Typed, check_fields
 from llavactl.images.archives import check_archives, find_member, is_archive
 from llavactl.images.byte_ranges import stamp_of
+from llavactl.images.decode import decode
 from llavactl.images.image_file import ImageFile, RelativeImage
 from llavactl.images.known import is_known_root
 from llavactl.images.lookup import spellings
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     import PIL.Image
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _PLAIN = re.compile(r"(?!\./)(?!~)[^/\\:\s](?:[^/\\:]|/(?![/.]))*")
 """An ordinary relative path, as in nearly all records, which needs no further checks."""
@@ -126,6 +131,16 @@ def image_in_memory(image: PIL.Image.Image) -> ImageBytes:
     file = io.BytesIO()
     (image if image.mode in _PNG_MODES else image.convert("RGB")).save(file, "PNG")
     return _in_memory("PIL", file.getvalue())
+
+
+def image_from_bytes(data: bytes, name: str) -> ImageBytes:
+    """A reference to the image in ``data``, the content of an image file; it is decoded to check it.
+
+    Raises:
+        DataError: ``data`` can't be decoded, or the image is too large.
+    """
+    decode(data)
+    return ImageBytes(name, hashlib.sha256(data).hexdigest(), data)
 
 
 @dataclass(frozen=True)
@@ -296,6 +311,11 @@ def _reason(error: Exception) -> str:
     return shortened(" ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__)
 
 
+@cache
+def _log_absent(root: str) -> None:
+    log.info("images: %s is not on this machine; its images are known from a feature pack", root)
+
+
 def check_image_root(root: str) -> None:
     """Raises a DataError unless ``root`` can hold images; only URLs of archives are opened.
 
@@ -303,6 +323,7 @@ def check_image_root(root: str) -> None:
     """
     root = local_path(root)
     if is_known_root(root) and not Path(root).exists():
+        _log_absent(root)
         return
     if is_archive(root):
         check_archives(root)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from llavactl.core.errors import ModelError, PluginError
+from llavactl.core.component_calls import call_error
+from llavactl.core.errors import ModelError
 from llavactl.core.protocols import GridConnector
 from llavactl.core.registry import registry
 from llavactl.core.tokenizer_check import TOKENIZER_HINT, tokenizer_fault
@@ -82,16 +82,14 @@ def build_connector(spec: Mapping[str, Any], shape: FeatureShape, width: int) ->
         PluginError: its output isn't embeddings [I, Q, Dl].
     """
     component = registry().create("connectors", spec)
-    module, tokens = component.build(shape, width), component.tokens(shape)
-    if why := build_fault(module, tokens):
-        raise connector_error(spec, why)
+    module, tokens = component.build(shape, width), int(component.tokens(shape))
     mode, features = module.training, torch.zeros(2, shape.patches, shape.width)
     with torch.no_grad():
         embeddings = module.eval()(features)
     module.train(mode)
-    if why := embeddings_fault(embeddings, features, (int(tokens), width)):
-        raise connector_error(spec, why)
-    return module, int(tokens)
+    if why := embeddings_fault(embeddings, features, (tokens, width)):
+        raise call_error(module, "forward", why)
+    return module, tokens
 
 
 def connector_tokens(spec: Mapping[str, Any], shape: FeatureShape) -> int:
@@ -100,10 +98,7 @@ def connector_tokens(spec: Mapping[str, Any], shape: FeatureShape) -> int:
     Raises:
         PluginError: it isn't a positive integer.
     """
-    tokens = registry().create("connectors", spec).tokens(shape)
-    if why := tokens_fault(tokens):
-        raise connector_error(spec, why)
-    return int(tokens)
+    return int(registry().create("connectors", spec).tokens(shape))
 
 
 def connector_grid(spec: Mapping[str, Any], shape: FeatureShape) -> tuple[int, int] | None:
@@ -116,7 +111,7 @@ def connector_grid(spec: Mapping[str, Any], shape: FeatureShape) -> tuple[int, i
     if not isinstance(connector, GridConnector):
         return None
     if why := grid_fault(connector, shape):
-        raise connector_error(spec, why)
+        raise call_error(connector, "grid", why)
     return connector.grid(shape)
 
 
@@ -125,11 +120,11 @@ def grid_fault(connector: GridConnector, shape: FeatureShape) -> str:
     grid = connector.grid(shape) if callable(connector.grid) else connector.grid
     sides = grid if isinstance(grid, tuple) else ()
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        return f"grid() returned {grid!r}, expected a tuple of two positive integers"
+        return f"returned {grid!r}, expected a tuple of two positive integers"
     tokens, cells = connector.tokens(shape), grid[0] * grid[1]
     tokens -= tokens_before_cells(tokens, shape, grid)
     if tokens < 1 or tokens % cells:
-        return f"grid() returned {grid!r}, but {tokens} tokens can't be divided over {cells} cells"
+        return f"returned {grid!r}, but {tokens} tokens can't be divided over {cells} cells"
     return ""
 
 
@@ -143,36 +138,13 @@ def tokens_before_cells(tokens: int, shape: FeatureShape, grid: tuple[int, int])
     return shape.prefix if cells > 0 and cells % (grid[0] * grid[1]) == 0 else 0
 
 
-def build_fault(module: Any, tokens: Any) -> str:
-    """Why these aren't valid results of a connector's ``build()`` and ``tokens()``; "" if they are."""
-    if not isinstance(module, nn.Module):
-        return f"build() returned {type(module).__name__}, expected a torch module"
-    return tokens_fault(tokens)
-
-
-def tokens_fault(tokens: Any) -> str:
-    """Why this isn't a valid result of a connector's ``tokens()``; "" if it is."""
-    if not isinstance(tokens, Integral) or int(tokens) < 1:
-        return f"tokens() returned {tokens!r}, expected an integer of 1 or more"
-    return ""
-
-
 def embeddings_fault(output: Any, features: torch.Tensor, size: tuple[int, int]) -> str:
     """Why ``output`` for ``features`` [I, P, Dv] isn't embeddings [I, Q, Dl], ``size`` = (Q, Dl); "" if it is."""
     expected = (len(features), *size)
     if isinstance(output, torch.Tensor) and tuple(output.shape) == expected:
-        return "" if output.is_floating_point() else f"it returned dtype {output.dtype}, expected floating point"
+        return "" if output.is_floating_point() else f"returned dtype {output.dtype}, expected floating point"
     actual = tuple(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
     return (
-        f"it returned {actual} for features {tuple(features.shape)}, expected {expected} "
+        f"returned {actual} for features {tuple(features.shape)}, expected {expected} "
         "(tokens() and the language model's width)"
-    )
-
-
-def connector_error(spec: Mapping[str, Any], why: str) -> PluginError:
-    """The error for a connector ``spec`` that breaks a rule of its Protocol."""
-    plugin = registry().get("connectors", spec["name"]).plugin
-    return PluginError(
-        f"connector {spec['name']!r} of plugin {plugin}: {why}",
-        hint="`llavactl.testing.check_connector` tests a connector",
     )

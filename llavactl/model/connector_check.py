@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llavactl.core.component_calls import call_place, component_error
 from llavactl.core.errors import LlavactlError
-from llavactl.core.library_errors import out_of_memory, reason
+from llavactl.core.library_errors import out_of_memory
 from llavactl.core.plugin_code import fault_text
 from llavactl.core.plugin_faults import plugin_fault
 from llavactl.core.protocols import GridConnector
+from llavactl.core.protocols.returned import returned_fault
 from llavactl.core.registry import registry
-from llavactl.model.build import build_fault, connector_error, embeddings_fault, grid_fault
+from llavactl.model.build import embeddings_fault, grid_fault
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Connector
@@ -32,7 +34,7 @@ def validate_connector(
     """
     connector = registry().create("connectors", spec)
     if why := connector_fault(connector, shape, width, precisions, device):
-        raise connector_error(spec, why)
+        raise component_error(registry().get("connectors", spec["name"]), why)
 
 
 def connector_fault(
@@ -42,16 +44,18 @@ def connector_fault(
 
     It is tested in float32, then in each of ``precisions``. Random states are restored.
     """
+    check = _ConnectorCheck(connector, shape, width, device)
     try:
         with torch.random.fork_rng(), torch.enable_grad():
-            return _ConnectorCheck(connector, shape, width, device).fault(precisions)
+            why = check.fault(precisions)
+        return f"{check.place}: {why}" if why else ""
     except _BrokenRuleError as rule:
-        return str(rule)
+        return f"{check.place}: {rule}"
     except Exception as error:
         if isinstance(error, LlavactlError) or out_of_memory(error):
             raise
         fault = plugin_fault(error)
-        return f"{fault.place}: {fault_text(error)}" if fault else f"it fails: {reason(error)}"
+        return f"{fault.place if fault else check.place}: {fault_text(error)}"
 
 
 class _BrokenRuleError(Exception):
@@ -64,13 +68,18 @@ class _ConnectorCheck:
     def __init__(self, connector: Connector, shape: FeatureShape, width: int, device: str) -> None:
         self.connector, self.shape, self.width, self.device = connector, shape, width, device
         self.tokens = 0
+        self.place = call_place(connector, "build")
+        """Where the code that is tested is."""
 
     def fault(self, precisions: Iterable[str]) -> str:
         features = self._features(2)
         module = self._built()
-        self.tokens = int(self.connector.tokens(self.shape))
+        self.tokens = self._tokens()
         if isinstance(self.connector, GridConnector) and (why := grid_fault(self.connector, self.shape)):
+            self.place = call_place(self.connector, "grid")
             return why
+        if not type(module).__module__.startswith("torch."):  # otherwise `build` is the connector's own code
+            self.place = call_place(module, "forward")
         batched = self._run(module, features)
         if not torch.isfinite(batched).all():
             return "its embeddings are not finite"
@@ -98,12 +107,19 @@ class _ConnectorCheck:
 
     def _built(self) -> nn.Module:
         module = self.connector.build(self.shape, self.width)
-        if why := build_fault(module, self.connector.tokens(self.shape)):
+        if why := returned_fault("connectors", "build", module, self.shape, self.width):
             raise _BrokenRuleError(why)
         # Once on the CPU, because lazy modules create their weights in the first forward pass.
         with torch.no_grad():
             module.eval()(self._features(2).cpu())
         return module.to(self.device)
+
+    def _tokens(self) -> int:
+        tokens = self.connector.tokens(self.shape)
+        if why := returned_fault("connectors", "tokens", tokens, self.shape):
+            self.place = call_place(self.connector, "tokens")
+            raise _BrokenRuleError(why)
+        return int(tokens)
 
     def _features(self, images: int) -> torch.Tensor:
         return torch.randn(images, self.shape.patches, self.shape.width).to(self.device) + 1

@@ -32,13 +32,14 @@ class Exact:
 
     ``cached``: token by token with a key/value cache. ``resumed``: several tokens at once after a cache. ``padded``:
     left-padded, in a batch with a longer sequence. ``shared``: with padding between the cache of a common prefix
-    and the rest.
+    and the rest. ``joined``: token by token in a batch that other sequences join and leave (``Rows``).
     """
 
     cached: bool = True
     resumed: bool = True
     padded: bool = True
     shared: bool = True
+    joined: bool = True
 
 
 def exactness(language: PreTrainedModel) -> Exact:
@@ -46,12 +47,14 @@ def exactness(language: PreTrainedModel) -> Exact:
     windowed = has_limited_attention(language) or _may_have_window(language)
     length_bound = bool(length_dependent_rope(language))
     if language.config.model_type in PACKABLE_MODEL_TYPES:
-        return Exact(resumed=not length_bound, padded=not length_bound, shared=not windowed and not length_bound)
+        shared = not windowed and not length_bound
+        return Exact(resumed=not length_bound, padded=not length_bound, shared=shared, joined=not length_bound)
     probe = _LanguageProbe(language)
     cached = probe.passes(probe.cached)
     resumed = cached and not length_bound and probe.passes(probe.resumed)
     padded = not length_bound and probe.passes(lambda: probe.padded(through_cache=cached))
-    return Exact(cached, resumed, padded, resumed and padded and not windowed and probe.passes(probe.shared))
+    shared = resumed and padded and not windowed and probe.passes(probe.shared)
+    return Exact(cached, resumed, padded, shared, joined=cached and padded and probe.passes(probe.joined))
 
 
 def is_causal(language: PreTrainedModel) -> bool:
@@ -163,6 +166,21 @@ class _LanguageProbe:
         cache.batch_repeat_interleave(2)
         rows, mask = self._rows(START, LONG)
         return self._last_equal(self.logits(rows, torch.cat([self._mask(2, START), mask], dim=1), cache), LONG - 1)
+
+    def joined(self) -> bool:
+        """A longer sequence joins a shorter one, which ends first."""
+        from llavactl.model.rows import Rows
+
+        if not is_resumable(new_cache(self.language)):
+            return False
+        rows = Rows(self.language)
+        rows.add(rows.prefill(self.short[:, :-1]))
+        rows.add(rows.prefill(self.long[:, :-2]))
+        rows.extend(torch.cat([self.short[:, -1:], self.long[:, -2:-1]]))
+        equal = _close(rows.logits[:1], self.short_logits[:, -1]) and _close(rows.logits[1:], self.long_logits[:, -2])
+        rows.keep([1])
+        rows.extend(self.long[:, -1:])
+        return equal and _close(rows.logits, self.long_logits[:, -1])
 
     def _rows(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The long sequence from ``start`` to ``end``, and the short one, left-padded, cut equally far from its end."""

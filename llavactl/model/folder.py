@@ -107,7 +107,7 @@ def identity(folder: Path) -> str:
     specs |= {"vision": description["vision"], "connectors": description["connector"]}
     components = {kind: component_identity(kind, spec) for kind, spec in specs.items()}
     components["templates"] = component_identity("templates", description["template"])
-    excluded = ("vision", "connector", "language", "template", "trained_language", "location", "versions")
+    excluded = ("vision", "connector", "language", "template", "trained_language", "location", "versions", "plugins")
     rest = {key: value for key, value in description.items() if key not in excluded}
     return hash_json([hash_folder(folder, exclude=(DESCRIPTION,)), components, rest])
 

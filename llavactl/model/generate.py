@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from llavactl.model.llava import positions
 from llavactl.model.rotary import frequency_key
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from llavactl.core.schema import Batch
     from llavactl.model.llava import LlavaModel
 
@@ -79,14 +81,7 @@ def generate(
     frequencies = frequency_key(model.language, mask.shape[1])
     running = [True] * len(batch.ids)
     for _ in range(sampling.max_new_tokens):
-        logits = model.language(
-            inputs_embeds=embeds,
-            attention_mask=mask.long(),
-            position_ids=positions(mask)[:, -embeds.shape[1] :],
-            logits_to_keep=1,
-            **state,
-        ).logits[:, -1]
-        chosen = _next_tokens(logits.float(), sampling, generator)
+        chosen = next_tokens(last_logits(model.language, embeds, mask, state), sampling, generator)
         tokens = chosen.tolist()
         running = [is_running and token not in stop for is_running, token in zip(running, tokens, strict=True)]
         yield [token if is_running else None for is_running, token in zip(running, tokens, strict=True)]
@@ -101,7 +96,25 @@ def generate(
             state["past_key_values"] = new_cache(model.language)
 
 
-def _next_tokens(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+def last_logits(
+    language: PreTrainedModel, embeds: torch.Tensor, mask: torch.Tensor, state: Mapping[str, Any]
+) -> torch.Tensor:
+    """Logits [B, V] float32 at the last token of ``embeds`` [B, T, Dl], left-padded.
+
+    ``mask`` covers the tokens in the cache of ``state`` (see ``mask_and_state``) and ``embeds``.
+    """
+    output = language(
+        inputs_embeds=embeds,
+        attention_mask=mask.long(),
+        position_ids=positions(mask)[:, -embeds.shape[1] :],
+        logits_to_keep=1,
+        **state,
+    )
+    logits: torch.Tensor = output.logits[:, -1].float()
+    return logits
+
+
+def next_tokens(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
     """The next tokens [B] from logits [B, V]: greedy, or sampled with temperature and nucleus (``top_p``) sampling."""
     if not torch.isfinite(logits).all():
         raise ModelError("the model's logits are not finite", hint="use bfloat16 or float32; the weights may be broken")

@@ -112,6 +112,9 @@ class Eval(Section):
     stage1_baseline: Boolean = Field(False, description="also score the model of stage 1")
     batch_size: PositiveInteger = Field(8, description="questions per batch")
     max_new_tokens: PositiveInteger = Field(128, description="longest answer, in tokens")
+    explain: int = Field(
+        0, ge=0, description="sample answers in the report with maps of the image parts that their words depend on"
+    )
 
 
 AxisValues = Annotated[tuple[Any, ...], Field(min_length=1)] | Annotated[dict[str, Any], Field(min_length=1)]

@@ -60,6 +60,15 @@ def refreshed(run_dir: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class WordMap:
+    """Overlays (data URIs) of the image for one word of an answer; ``attention`` is "" if there is none."""
+
+    word: str
+    attention: str
+    occlusion: str
+
+
+@dataclass(frozen=True)
 class SampleAnswer:
     """A question with its reference answer and the model's answer.
 
@@ -75,6 +84,7 @@ class SampleAnswer:
     right: bool
     blind: str = ""
     other_reference: str = ""
+    maps: tuple[WordMap, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -231,6 +241,11 @@ def sample_answer(row: Mapping[str, Any]) -> SampleAnswer:
         right=bool(row["right"]) if "right" in row else _words(reference) == _words(answer) != MISSING,
         blind=show(row["blind"]) if "blind" in row else "",
         other_reference=show(row["other_reference"]) if row.get("other_reference") else "",
+        maps=tuple(
+            WordMap(show(each.get("word")), safe_image(each.get("attention")), safe_image(each.get("occlusion")))
+            for each in _list(row.get("maps"))
+            if isinstance(each, Mapping)
+        ),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pluggy
 from pydantic import BaseModel, ValidationError
 
-from llavactl.core import plugin_options, plugins
+from llavactl.core import plugin_options, plugins, stopping
 from llavactl.core.component_faults import component_fault, target_fault
 from llavactl.core.errors import LlavactlError
 from llavactl.core.hook_rules import MARK
@@ -82,7 +82,7 @@ def plugin_checks(name: str, options: OptionsByName, timeout_s: float = IMPORT_T
             return
         yield _result(_PLUGIN, name, "version of llavactl", conflict)
         heavy = f"importing {point.value} imports {', '.join(imported.heavy)}; every command would be slow"
-        yield _result(_PLUGIN, name, "light import", [heavy] if imported.heavy else [])
+        yield _result(_PLUGIN, name, "light import", [heavy, imported.remedy] if imported.heavy else [])
     (plugin,) = (each for each in plugins.installed() if each.name == name)
     yield _result(_PLUGIN, name, "registration", [plugin.error] if plugin.error else [])
     module = plugins.manager().get_plugin(name)
@@ -114,9 +114,9 @@ def _outcome(
     """The result of the function ``problems``; an exception is a problem too, located in ``packages``."""
     try:
         found = problems()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001 - plugins may raise anything
+    except BaseException as error:  # plugins may raise anything
+        if isinstance(error, KeyboardInterrupt) and not stopping.without_signal():
+            raise
         found = [describe_exception(error, packages)]
     return _result(kind, name, check, found)
 

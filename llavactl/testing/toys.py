@@ -101,8 +101,11 @@ def toy_language(folder: Path, *, width: int = 48, layers: int = 2, vocabulary: 
     return folder
 
 
-def toy_model(folder: Path, *, method: ToyMethod = "full") -> Path:
-    """llavactl's model folder ``folder/model`` of toys, trained by ``method``; the models are beside it."""
+def toy_model(folder: Path, *, method: ToyMethod = "full", width: int = 48, layers: int = 2) -> Path:
+    """llavactl's model folder ``folder/model`` of toys, trained by ``method``; the models are beside it.
+
+    ``width`` and ``layers`` are those of the language model.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -112,7 +115,7 @@ def toy_model(folder: Path, *, method: ToyMethod = "full") -> Path:
     from llavactl.model.build import build
 
     vision = {"name": "clip", "model": str(toy_clip(folder / "clip").absolute()), "layer": -2, "select": "patch"}
-    language = {"name": "hf", "model": str(toy_language(folder / "language").absolute())}
+    language = {"name": "hf", "model": str(toy_language(folder / "language", width=width, layers=layers).absolute())}
     shape, connector = FeatureShape((2, 2), 32), {"name": "mlp2x-gelu"}
     bundle = build(connector, language, shape, dtype="float32", seed=1)
     if method == "lora":

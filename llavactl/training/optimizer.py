@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llavactl.core.errors import PluginError
-from llavactl.core.registry import plugin_of
+from llavactl.core.component_calls import call_error
 from llavactl.training.sharding import distributed_like
 
 if TYPE_CHECKING:
@@ -88,13 +87,7 @@ class Optimizer:
         return [by_size[thread::threads] for thread in range(threads)]
 
     def _algorithm(self, rule: UpdateRule, rates: Mapping[str, float], weight_decay: float) -> torch.optim.Optimizer:
-        algorithm = rule.build(self._groups(rates, weight_decay))
-        if not isinstance(algorithm, torch.optim.Optimizer):
-            raise PluginError(
-                f"plugin {plugin_of(rule)}: {type(rule).__name__}.build() returns {type(algorithm).__name__}, expected "
-                "a torch.optim.Optimizer"
-            )
-        return algorithm
+        return rule.build(self._groups(rates, weight_decay))
 
     def _groups(self, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups by learning rate; no weight decay for one-dimensional ones (norms, biases), as in LLaVA."""
@@ -191,16 +184,20 @@ class Optimizer:
         for rule, names in ((each.rule, each.names) for each in self.assignments):
             kept = {key for name in names for key in self.algorithm_of[name].state.get(self.masters[name], {})}
             if names and (missing := [key for key in rule.moments if key not in kept]):
-                raise PluginError(
-                    f"plugin {plugin_of(rule)}: {type(rule).__name__} declares {missing[0]!r} in `moments`, but keeps "
-                    f"no such state for any weight after the first step; it keeps {', '.join(sorted(kept)) or 'none'}"
+                raise call_error(
+                    rule,
+                    "build",
+                    f"`moments` declares {missing[0]!r}, but the optimizer keeps no such state for any weight after "
+                    f"the first step; it keeps {', '.join(sorted(kept)) or 'none'}",
                 )
         for algorithm, before in zip(self.algorithms, initial_settings, strict=True):
             after = _settings(algorithm)
             if changed := [key for key in after if after[key] != before.get(key)]:
-                raise PluginError(
-                    f"optimizer {type(algorithm).__name__} keeps {changed[0].partition('.')[2]!r} in its parameter "
-                    "groups, which checkpoints don't contain; expected state per weight"
+                raise call_error(
+                    algorithm,
+                    "step",
+                    f"keeps {changed[0].partition('.')[2]!r} in the parameter groups, which checkpoints don't contain; "
+                    "expected state per weight",
                 )
 
     def _check_state(self, name: str, key: str, value: Any) -> None:
@@ -209,10 +206,11 @@ class Optimizer:
         if (key == _STEP or key in rule.moments) and isinstance(value, torch.Tensor) and value.shape == shape:
             return
         got = f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise PluginError(
-            f"plugin {plugin_of(rule)}: {type(rule).__name__} keeps the state {key!r} ({got}) for {name}; expected "
-            f"tensors of its shape {tuple(self.masters[name].shape)} named in `moments` ({', '.join(rule.moments)}), "
-            f"or the scalar {_STEP!r}"
+        raise call_error(
+            rule,
+            "build",
+            f"the optimizer keeps the state {key!r} ({got}) for {name}; expected tensors of its shape "
+            f"{tuple(self.masters[name].shape)} in `moments` ({', '.join(rule.moments)}), or the scalar {_STEP!r}",
         )
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 
 from llavactl import __version__
 from llavactl.core.errors import StoreError
+from llavactl.core.model_description import component_plugins
 from llavactl.model import folder as model_folder
 from llavactl.recipe.stages import STAGES
 from llavactl.training import checkpoints
@@ -34,15 +35,20 @@ def model_description(
     """The contents of ``llavactl.json`` for the model of ``stage``."""
     training_stage = recipe.stage(stage)
     settings = training_stage.settings
+    components = {
+        "vision": training_stage.vision,
+        "connector": recipe.connector.spec(),
+        "language": initial_language(recipe, stage, init_folder),
+        "template": training_stage.template,
+    }
     return {
+        **components,
+        "plugins": component_plugins(components),
         "stage": stage,
         "method": settings.method.removeprefix("q"),
         "quantised": "nf4" if settings.method == "qlora" else None,
-        "vision": training_stage.vision,
         "features": {"dtype": recipe.features.dtype, "compute": recipe.features.compute},
         "fingerprint": dict(features.fingerprint.fields),
-        "connector": recipe.connector.spec(),
-        "language": initial_language(recipe, stage, init_folder),
         "image_order": settings.image_order,
         "precision": settings.precision,
         "digest": digest,
@@ -50,7 +56,6 @@ def model_description(
         # Not from its metadata: llavactl may run from a checkout that isn't installed.
         "versions": {"llavactl": __version__, **{name: metadata.version(name) for name in ("torch", "transformers")}},
         "shape": asdict(features.shape),
-        "template": training_stage.template,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import RecipeError
 from llavactl.core.protocols import UpdateRule, Weight
@@ -29,6 +29,14 @@ class AssignedWeights:
 def optimizer_of(settings: AnyStage) -> UpdateRule:
     """The stage's optimizer."""
     return registry().create("optimizers", settings.optimizer_spec())
+
+
+def probe_groups() -> list[dict[str, Any]]:
+    """Parameter groups of one small weight, to build an optimizer without a model."""
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    return [{"params": [weight], "lr": 1e-3, "weight_decay": 0.0, "betas": (0.9, 0.999)}]
 
 
 def assign_update_rules(model: LlavaModel, settings: AnyStage) -> Sequence[AssignedWeights]:

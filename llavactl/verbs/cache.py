@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING, Any
 from llavactl.core.errors import LlavactlError
 from llavactl.data.tables import stage_images
 from llavactl.features import pack_export, pack_import
-from llavactl.features.maintenance import remove_store, remove_unused_files, unused_files, verify_store
+from llavactl.features.maintenance import (
+    remove_store,
+    remove_unused_files,
+    unused_files,
+    unused_known_images,
+    verify_store,
+)
 from llavactl.features.manifest import Manifest, read_fingerprint, read_manifest, store_dir, store_dirs, stores_dir
 from llavactl.features.pack_export import PackReport
 from llavactl.features.pack_import import ImportReport
+from llavactl.features.pack_readme import license_items
 from llavactl.features.pack_selection import select_of_recipe, select_stores
 from llavactl.features.reader import recipe_fingerprints
 from llavactl.features.recompute import Recomputed, not_recomputed, recompute_store
+from llavactl.images.known import forget, keys_in, known_files
 from llavactl.report.card import license_of
 
 if TYPE_CHECKING:
@@ -39,14 +47,27 @@ class StoreInfo:
 
 
 @dataclass(frozen=True)
+class KnownImages:
+    """A file with the content keys of ``images`` below one root, as of the import of a feature pack."""
+
+    path: str
+    images: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class InfoReport:
-    """The stores in ``path``. ``missing``: fingerprints that the recipe needs and that have no features yet."""
+    """The stores in ``path``. ``missing``: fingerprints that the recipe needs and that have no features yet.
+
+    ``known_images``: images that may be absent, because a feature pack names them.
+    """
 
     path: str
     images: int
     bytes: int
     stores: tuple[StoreInfo, ...]
     missing: tuple[str, ...]
+    known_images: tuple[KnownImages, ...]
 
 
 @dataclass(frozen=True)
@@ -92,12 +113,14 @@ def info(recipe: VisionRecipe | None = None) -> InfoReport:
 
     Raises:
         StoreError: a manifest can't be read.
+        DataError: a file of known images is damaged.
     """
     folders = _folders(recipe)
     stores = tuple(_info(folder) for folder in folders if folder.is_dir())
     missing = tuple(folder.name for folder in folders if read_manifest(folder) is None)
     images, size = sum(store.images for store in stores), sum(store.bytes for store in stores)
-    return InfoReport(str(stores_dir()), images, size, stores, missing if recipe else ())
+    known = tuple(KnownImages(str(file), len(keys_in(file)), file.stat().st_size) for file in known_files())
+    return InfoReport(str(stores_dir()), images, size, stores, missing if recipe else (), known)
 
 
 def verify(recipe: VisionRecipe | None = None, *, recompute: int = 0, seed: int = 0) -> VerifyReport:
@@ -138,26 +161,31 @@ def _recomputed(folder: Path, recipe: VisionRecipe | None, count: int, seed: int
 
 
 def prune(*recipes: VisionRecipe, dry_run: bool = False) -> PruneReport:
-    """Removes the stores that none of ``recipes`` needs, and the unused files of all other stores.
+    """Removes the stores that none of ``recipes`` needs, and unused files.
 
-    Without a recipe no store is removed: extracting features may have taken days.
+    These are the unused files of all other stores, and the names of images that none of them has. Without a recipe no
+    store is removed: extracting features may have taken days.
 
     Raises:
         StoreError: another process writes to a store that would be changed.
+        DataError: a file of known images is damaged, is being written, or can't be removed.
     """
     needed = {fingerprint.id for recipe in recipes for fingerprint in recipe_fingerprints(recipe)}
     unneeded = [folder for folder in store_dirs() if recipes and folder.name not in needed]
     kept = [folder for folder in store_dirs() if folder not in unneeded]
     unused = [file for folder in kept for file in unused_files(folder)]
     of_unneeded = [file for folder in unneeded for file in folder.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in [*unused, *of_unneeded])
+    unnamed = unused_known_images(kept)
+    size = sum(file.stat().st_size for file in [*unused, *of_unneeded, *unnamed])
     if not dry_run:
         for folder in unneeded:
             remove_store(folder)
         for folder in kept:
             if unused_files(folder):
                 remove_unused_files(folder)
-    return PruneReport(tuple(folder.name for folder in unneeded), tuple(map(str, unused)), size, dry_run)
+        for file in unnamed:
+            forget(file)
+    return PruneReport(tuple(folder.name for folder in unneeded), tuple(map(str, [*unused, *unnamed])), size, dry_run)
 
 
 def export_pack(
@@ -180,7 +208,7 @@ def export_pack(
     """
     selected = select_stores(store_dirs(), stage_images) if recipe is None else select_of_recipe(recipe, stage_images)
     otherwise = "see its source; its license also applies to these features"
-    licenses = pack_export.license_items(license_note, selected.stores, lambda name: license_of(name, otherwise))
+    licenses = license_items(license_note, selected.stores, lambda name: license_of(name, otherwise))
     return pack_export.export_pack(folder, selected, base or Path.cwd(), licenses, dry_run=dry_run)
 
 

@@ -68,10 +68,13 @@ def answer_prompt(
     return ChatReport(answer, prompt, tuple(image.name for image in images), conversation.assistant.name)
 
 
-def answer_batch(assistant: Assistant, records: Sequence[BatchRecord], sampling: Sampling) -> list[dict[str, Any]]:
-    """``records`` in order, each with its ``answer``."""
+def answer_batch(
+    assistant: Assistant, records: Sequence[BatchRecord], sampling: Sampling, *, system: str = ""
+) -> list[dict[str, Any]]:
+    """``records`` in order, each with its ``answer``; ``system`` replaces the template's system prompt."""
     answers: list[str] = []
+    first = (Turn("system", (system,)),) * bool(system)
     for start in range(0, len(records), BATCH_SIZE):
-        conversations = [(Turn("user", content),) for _, content in records[start : start + BATCH_SIZE]]
+        conversations = [(*first, Turn("user", content)) for _, content in records[start : start + BATCH_SIZE]]
         answers += assistant.answer(conversations, sampling)
     return [{**record, "answer": answer} for (record, _), answer in zip(records, answers, strict=True)]

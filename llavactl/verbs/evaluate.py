@@ -22,6 +22,7 @@ from llavactl.evaluation.results import EvalReport, stored_result, write_result
 from llavactl.evaluation.runner import answer_questions, copy_answers
 from llavactl.evaluation.scoring import Benchmark, choose_protocol, task_spec
 from llavactl.recipe.sections import Eval
+from llavactl.report.answer_maps import add_maps
 from llavactl.report.cases import write_cases
 from llavactl.report.examples import example
 from llavactl.report.optional import optional_output
@@ -30,7 +31,7 @@ from llavactl.teaching.budgeted import ask_function, teacher_name
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Ask, Scores
-    from llavactl.core.schema import Answer
+    from llavactl.core.schema import Answer, Question
     from llavactl.recipe.frame import Outline
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,8 @@ def _evaluate_model(
     digest = result_digest(digests, benchmark.scoring_identity)
     if cases is None and (report := stored_result(file, digest, benchmark.protocol)) is not None:
         log.debug("eval %s: %s is up to date (digest %s)", benchmark.name, file, digest)
+        if processes.is_main:
+            _explain(benchmark, target, recipe, folder, settings.explain)
         return report
     answers: dict[str, Answers] = {}
     copied: dict[str, Path | None] = {}
@@ -153,6 +156,7 @@ def _evaluate_model(
         write_result(file, report, digest)
         with nullcontext() if cases else optional_output(folder / "cases"):
             write_cases(cases or folder / "cases", asdict(report), benchmark.questions, own_answers, scores)
+        _explain(benchmark, target, None, folder, settings.explain)
         if recipe is not None and benchmark.limit is None and not target.model.from_transformers:
             with optional_output(report_page(recipe.run_dir)):
                 write_report(recipe.run_dir)
@@ -191,13 +195,28 @@ def _judge(benchmark: Benchmark, replies: Path) -> tuple[Ask | None, str | None]
     return (None, None) if judge is None else (ask_function(judge, replies), teacher_name(judge))
 
 
+def _explain(benchmark: Benchmark, target: EvaluationTarget, recipe: Outline | None, folder: Path, count: int) -> None:
+    """Adds maps to ``count`` of the stored examples, unless they have some, and updates the report of ``recipe``."""
+    file = folder / "examples" / f"{benchmark.name}.json"
+    if count and not target.model.from_transformers:
+        with optional_output(file):
+            changed = add_maps(file, _examples(benchmark.questions), target.model.folder, count)
+            if changed and recipe is not None and benchmark.limit is None:
+                write_report(recipe.run_dir)
+
+
+def _examples(questions: Sequence[Question]) -> Sequence[Question]:
+    """EXAMPLES of ``questions``, spread evenly over the task."""
+    return questions[:: max(1, len(questions) // EXAMPLES)][:EXAMPLES]
+
+
 def _write_examples(
     folder: Path, benchmark: Benchmark, answers: Answers, blind_answers: Answers | None, scores: Scores
 ) -> None:
     """Stores EXAMPLES questions, spread evenly over the task, with image and answers for the report page."""
     questions, name = benchmark.questions, benchmark.name
     rows: list[dict[str, Any]] = []
-    for question in questions[:: max(1, len(questions) // EXAMPLES)][:EXAMPLES]:
+    for question in _examples(questions):
         answer = answers[question.id].text
         row: dict[str, Any] = dict(example(folder / name, question.turns, question.reference, answer))
         if question.id in scores.right:

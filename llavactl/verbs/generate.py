@@ -20,6 +20,7 @@ from llavactl.core.paths import read_json, write_atomic, write_json
 from llavactl.core.protocols import LanguageTeacher, Request, Teacher
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample
+from llavactl.data.records import source_samples
 from llavactl.files.json_stream import write_stream
 from llavactl.images.image_file import ImageFile, RelativeImage
 from llavactl.report.instructions import write_instructions
@@ -80,7 +81,7 @@ def generate(recipe: Outline, *, dry_run: bool = False, options: GenerationOptio
     options = options or GenerationOptions()
     began = time.perf_counter()
     prompts = load_prompts(settings.prompts)
-    images = list(registry().create("sources", settings.source.spec()))
+    images = list(source_samples(settings.source.spec()))
     if not images:
         raise DataError(f"generate.source {settings.source.name}: no images")
     with read_only_cache() if dry_run else nullcontext():

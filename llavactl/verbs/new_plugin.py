@@ -20,6 +20,7 @@ from llavactl.core import plugins
 from llavactl.core.errors import RecipeError
 from llavactl.core.locations import shown_path
 from llavactl.core.registry import kind_label, registry
+from llavactl.core.words import article
 
 TEMPLATES = Path(llavactl.__file__).parent / "scaffold"
 
@@ -96,7 +97,7 @@ def check_name(name: str, kinds: Iterable[str]) -> None:
         raise RecipeError(
             f"plugin name {name!r}: the package is named llavactl-NAME", hint=f"pass {shorter} as the name"
         )
-    if name in {plugin.name for plugin in plugins.installed()}:
+    if name in {plugins.BUILTIN, *(point.name for point in plugins.entry_points())}:
         raise RecipeError(f"plugin {name!r} is installed", hint="choose another name")
     for kind in kinds:
         if name in registry().names(KINDS[kind]):
@@ -113,7 +114,7 @@ def plugin_files(name: str, kinds: Sequence[str]) -> dict[str, str]:
         "module": module,
         "package": f"llavactl-{name}",
         "Class": "".join(map(str.capitalize, name.split("-"))),
-        "summary": " and ".join(_article(kind_label(KINDS[kind])) for kind in kinds),
+        "summary": " and ".join(article(kind_label(KINDS[kind])) for kind in kinds),
     }
     assert not keyword.iskeyword(module)
     texts: dict[str, str] = {}
@@ -144,10 +145,6 @@ def plugin_files(name: str, kinds: Sequence[str]) -> dict[str, str]:
 
 def _filled(path: Path, values: Mapping[str, str]) -> str:
     return string.Template(path.read_text(encoding="utf-8")).substitute(values)
-
-
-def _article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 _RECIPE_HOOK = string.Template('''\

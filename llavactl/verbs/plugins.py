@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 
 from llavactl import __version__
-from llavactl.core import plugin_files, plugins
+from llavactl.core import plugins
 from llavactl.core.errors import RecipeError
 from llavactl.core.plugin_code import package_files, packages_of
-from llavactl.core.plugin_points import SELECTION, package_of
+from llavactl.core.plugin_points import excluded, package_of
 from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S, Import, import_in_process
 from llavactl.testing.plugin_check import Check, plugin_checks
 
@@ -46,7 +46,7 @@ def list_plugins(timeout_s: float = IMPORT_TIMEOUT_S) -> list[plugins.Plugin]:
     points = plugins.entry_points()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         imports = list(pool.map(lambda point: import_in_process(point, timeout_s), points))
-    unusable = {point.name for point, imported in zip(points, imports, strict=True) if imported.seconds is None}
+    unusable = [point for point, imported in zip(points, imports, strict=True) if imported.seconds is None]
     with _without(unusable):
         builtin, *others = plugins.installed()
     loaded = {(plugin.name, plugin.module): plugin for plugin in others}
@@ -67,22 +67,16 @@ def _listed(
 
 
 @contextmanager
-def _without(names: set[str]) -> Iterator[None]:
-    """Leaves out the plugins ``names`` within the context."""
-    if not names:
+def _without(points: Sequence[metadata.EntryPoint]) -> Iterator[None]:
+    """Leaves out the plugins ``points`` within the context; others of the same name stay."""
+    if not points:
         yield
         return
-    others = [point for point in plugins.entry_points() if point.name not in names]
-    files = [str(file) for point in others if (file := plugin_files.file_of(point))]
-    before = dict(os.environ)
-    os.environ |= {SELECTION: ",".join(point.name for point in others), plugin_files.VARIABLE: os.pathsep.join(files)}
-    plugins.reload()
     try:
-        yield
+        with excluded(points):
+            plugins.reload()
+            yield
     finally:
-        for name in (SELECTION, plugin_files.VARIABLE):
-            os.environ.pop(name)
-            os.environ |= {name: before[name]} if name in before else {}
         plugins.reload()
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core.errors import LlavactlError, Problem, RecipeError
+from llavactl.core import plugins
+from llavactl.core.errors import DataError, LlavactlError, Problem, RecipeError
 from llavactl.core.identity import is_local
 from llavactl.core.plugin_code import fault_text
 from llavactl.core.plugin_faults import plugin_error
 from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLanguage, check_component
 from llavactl.core.registry import kind_label, registry
 from llavactl.core.schema import Turn
+from llavactl.images.references import ImageBytes
 from llavactl.model.connector_check import validate_connector
 from llavactl.recipe.axes import load_sweep
 from llavactl.recipe.frame import Outline, Recipe
 from llavactl.recipe.load import by_line, valid_part, where
 from llavactl.recipe.stages import STAGES
+from llavactl.training.learning_rate import learning_rate_schedule
 from llavactl.training.trainable import train_only
+from llavactl.training.update_rules import optimizer_of, probe_groups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,6 +32,11 @@ if TYPE_CHECKING:
 
 PROBE = (Turn("user", ("What?",)), Turn("assistant", ("That.",)))
 """A conversation to render with every template."""
+
+_IMAGE_PROBE = (Turn("user", (ImageBytes("image", "0", b""), "\nWhat?")), PROBE[1])
+
+_STEPS = [(step, steps) for steps in (1, 2, 100) for step in range(steps)]
+"""Steps, and their total, that the learning rate is computed for."""
 
 Fault = tuple[str, str]
 """A recipe key and what is wrong there."""
@@ -76,6 +85,8 @@ def faults(recipe: Recipe) -> list[Fault]:
         _check_trainable_modules(recipe, skeleton, found)
     if tokenizer is not None:
         _check_templates(recipe, tokenizer, found)
+    _check_updates(recipe, found)
+    _check_tasks(recipe, found)
     if skeleton is not None and tokenizer is not None and shapes:
         _check_exports(recipe, skeleton, tokenizer, found)
     return list(dict.fromkeys(found))
@@ -123,7 +134,30 @@ def _check_templates(recipe: Recipe, tokenizer: Any, found: list[Fault]) -> None
     for stage in recipe.stages():
         section = STAGES[stage.number] if stage.settings.template else "language"
         with _collected(found, f"{section}.template"):
-            registry().create("templates", stage.template).render(PROBE, tokenizer)
+            template = registry().create("templates", stage.template)
+            for turns in (PROBE, _IMAGE_PROBE):
+                template.render(turns, tokenizer)
+            template.stop(tokenizer)
+
+
+def _check_updates(recipe: Recipe, found: list[Fault]) -> None:
+    """Optimizers that can't be built and schedules without a learning rate: otherwise training would start first."""
+    for stage in recipe.stages():
+        section = STAGES[stage.number]
+        with _collected(found, f"{section}.optimizer"):
+            optimizer_of(stage.settings).build(probe_groups())
+        with _collected(found, f"{section}.schedule"):
+            rate = learning_rate_schedule(stage.settings)
+            for step, steps in _STEPS:
+                rate(step, steps)
+
+
+def _check_tasks(recipe: Recipe, found: list[Fault]) -> None:
+    """Questions of plugins' tasks that can't be asked. Missing files are reported when the task is run."""
+    for index, spec in enumerate(recipe.eval.tasks):
+        if registry().get("tasks", spec.name).plugin != plugins.BUILTIN:
+            with _collected(found, f"eval.tasks.{index}"), suppress(DataError, OSError):
+                registry().create("tasks", spec.spec()).questions()
 
 
 def _check_exports(recipe: Recipe, skeleton: Any, tokenizer: Any, found: list[Fault]) -> None:
@@ -138,16 +172,21 @@ def _check_exports(recipe: Recipe, skeleton: Any, tokenizer: Any, found: list[Fa
 
 @contextmanager
 def _collected(found: list[Fault], key: str, spec: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Appends an exception of the block to ``found``; one that is not typed is a bug of the component ``spec``."""
+    """Appends an exception of the block to ``found``.
+
+    One that is not typed is a plugin's if its code raised it, or a bug of the component ``spec``.
+    """
     try:
         yield
     except LlavactlError as error:
         found.append((key, error.with_hint()))
     except Exception as error:
+        if fault := plugin_error(error):
+            found.append((key, fault.message))
+            return
         if spec is None:
             raise
         kind = {"vision": "vision", "connector": "connectors", "language": "languages"}[key]
         plugin = registry().get(kind, spec["name"]).plugin
         component = f"{kind_label(kind)} {spec['name']!r} of plugin {plugin}"
-        fault = plugin_error(error)
-        found.append((key, fault.message if fault else f"{component} fails: {fault_text(error)}"))
+        found.append((key, f"{component} fails: {fault_text(error)}"))

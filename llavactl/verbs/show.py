@@ -1,8 +1,8 @@
-"""``llavactl data show``: training samples token by token; reads neither weights nor the feature store."""
+"""``llavactl data show``: training samples token by token; asks the feature store about absent images only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.paths import write_atomic
 from llavactl.core.registry import format_spec, registry
+from llavactl.curation.inputs import stored_features
 from llavactl.curation.lengths import image_tokens
 from llavactl.data.encode import Encoding
 from llavactl.data.records import samples
@@ -102,6 +103,7 @@ def show(
         settings.max_length,
     )
     seed = (recipe.seed, epoch - 1)
+    has_features = stored_features(recipe, [number])
     report = ShowReport(
         stage=number,
         template=format_spec(template),
@@ -110,7 +112,9 @@ def show(
         max_length=settings.max_length,
         image_tokens=encoding.image_tokens if has_image else None,
         samples=len(all_samples),
-        shown=tuple(_shown(index, each, encoding, settings, seed) for index, each in enumerate(selected, first)),
+        shown=tuple(
+            _shown(index, each, encoding, settings, seed, has_features) for index, each in enumerate(selected, first)
+        ),
     )
     return report if html is None else _with_page(report, html, selected)
 
@@ -132,12 +136,25 @@ def _index(all_samples: Sequence[Sample], name: str | None, where: str) -> int:
     return index
 
 
-def _shown(index: int, sample: Sample, encoding: Encoding, settings: Stage, seed: tuple[int, int]) -> ShownSample:
+def _shown(
+    index: int,
+    sample: Sample,
+    encoding: Encoding,
+    settings: Stage,
+    seed: tuple[int, int],
+    has_features: Callable[[str], bool],
+) -> ShownSample:
     refused = refusal(sample, encoding, settings.image_order)
     pieces = [] if refused else token_info(encoding, arranged(sample, settings.image_order, *seed))
     images = tuple(ShownImage(image.name, _problem(image)) for image in sample.images)
-    unusable = [shown for shown, image in zip(images, sample.images, strict=True) if known_key(image) is None]
-    unreadable = next((f"{image.name}: {image.problem}" for image in unusable if image.problem), "")
+    unreadable = next(
+        (
+            f"{shown.name}: {shown.problem}"
+            for shown, image in zip(images, sample.images, strict=True)
+            if shown.problem and not ((key := known_key(image)) and has_features(key))
+        ),
+        "",
+    )
     kept = [piece for piece in pieces if not piece.truncated]
     truncated = [piece for piece in pieces if piece.truncated]
     return ShownSample(

@@ -26,6 +26,7 @@ from llavactl.core.schema import FeatureShape, Turn
 from llavactl.data.encode import Encoding
 from llavactl.images.image_file import ImageFile
 from llavactl.model.build import build
+from llavactl.model.compiled import CompiledDecoder
 from llavactl.model.generate import Sampling
 from llavactl.model.llava import LlavaModel
 
@@ -274,6 +275,27 @@ def test_answers_after_a_change_equal_those_of_a_new_conversation(assistant: Ass
             conversation.undo()
         answer = conversation.ask(PHOTO, "\nWhere?", sampling=SHORT).text
     assert [answer] == assistant.answer([conversation.turns[:-1]], SHORT)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_compiled_step_gives_the_same_answers(assistant: Assistant, interrupted: bool) -> None:
+    """Over several turns, which continue its keys and values; also after an interrupt."""
+    expected, conversation = Conversation(assistant), Conversation(copy.copy(assistant))
+    conversation.assistant.decoder = CompiledDecoder(assistant.model.language, lambda step: step)
+    processed = Processed(assistant)
+    if interrupted:
+        InterruptedForward(assistant, KeyboardInterrupt(), 4)
+        with pytest.raises(KeyboardInterrupt):
+            list(conversation.ask(PHOTO, "\nHello?", sampling=SHORT))
+        conversation.undo()
+    for content in ((PHOTO, "\nWhat is it?"), ("Why?",), (OTHER, "\nAnd this?")):
+        for sampling in (SHORT, Sampling(10, temperature=1.0, seed=3)):
+            answer = expected.ask(*content, sampling=sampling).text
+            positions = processed.tokens
+            assert conversation.ask(*content, sampling=sampling).text == answer
+            new = processed.tokens - positions
+            assert conversation.retry(sampling).text == answer
+            assert processed.tokens - positions - new <= min(new, 10)
 
 
 def test_undo_and_retry_without_a_question(assistant: Assistant) -> None:

@@ -12,7 +12,9 @@ import transformers
 from torch import nn
 
 from llavactl.chat.assistant import Assistant
+from llavactl.chat.decoders import JoinedDecoder
 from llavactl.core.schema import IGNORE, Encoded
+from llavactl.data.batches import collate
 from llavactl.model import generate
 from llavactl.model.exactness import Exact, is_causal
 from llavactl.model.generate import Sampling
@@ -126,7 +128,7 @@ def prompts(*lengths: int, shared: int) -> list[Encoded]:
 def logits(assistant: Assistant, batch: Sequence[Encoded], monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
     """For each prompt, the logits of each step of ``Assistant.answer``."""
     recorded: list[torch.Tensor] = []
-    choose = generate._next_tokens
+    choose = generate.next_tokens
 
     def record(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
         recorded.append(logits.clone())
@@ -140,7 +142,7 @@ def logits(assistant: Assistant, batch: Sequence[Encoded], monkeypatch: pytest.M
 
     rows: list[list[torch.Tensor]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "_next_tokens", record)
+        patch.setattr(generate, "next_tokens", record)
         patch.setattr(Assistant, "stops", SimpleNamespace(ids=frozenset()))
         for chunk in [batch] if assistant.exact.padded else [[each] for each in batch]:
             outputs: Any = [IgnoredOutput() for _ in chunk]
@@ -168,12 +170,45 @@ def test_batched_answers_equal_single_ones(kind: str, shared: int, monkeypatch: 
             ids.append(int(step_logits.argmax()))
 
 
+JOINED_KINDS = {
+    *("llama", "mistral", "qwen2-window", "starcoder2", "cohere2", "gemma2", "gemma3", "gpt-oss", "mixtral"),
+    *("gpt-neo", "gpt2", "opt", "mpt", "bloom", "falcon", "llama4"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_in_a_batch_that_others_join_and_leave_equal_single_ones(kind: str) -> None:
+    """One prompt joins at each step, the longest one second; answers end at different steps."""
+    assistant = assistant_of(language_of(kind))
+    if not assistant.exact.joined:
+        assert kind not in JOINED_KINDS
+        return
+    decoder: JoinedDecoder[int] = JoinedDecoder(assistant.model, frozenset())
+    waiting = dict(enumerate(prompts(9, 40, 3, 20, shared=0)))
+    ids = {key: list(prompt.ids) for key, prompt in waiting.items()}
+    for step in range(8):
+        decoder.keep(running := [key for key in ids if key not in waiting and step < key + 3 + 2 * (key != 1)])
+        if step in waiting:
+            prompt = waiting.pop(step)
+            decoder.start(step, collate([prompt], assistant.features), Sampling())
+            running.append(step)
+        tokens = dict(decoder.step())
+        assert list(tokens) == running
+        for key, row in zip(running, decoder.rows.logits, strict=True):
+            language = language_of(kind)  # some models keep state between calls
+            with torch.no_grad():
+                embeds = language.get_input_embeddings()(torch.tensor([ids[key]]))
+                expected = language(inputs_embeds=embeds, use_cache=False).logits[0, -1]
+            assert (row - expected).abs().max() <= TOLERANCE * expected.abs().max()
+            ids[key].append(tokens[key])
+
+
 def test_inexact_optimizations_are_detected() -> None:
     exact = {kind: assistant_of(language_of(kind)).exact for kind in ("llama", "mistral", "gpt-neo", "mpt", "bart")}
     assert exact["llama"] == Exact()
     for kind in ("mistral", "gpt-neo", "mpt"):
         assert exact[kind] == Exact(shared=False)
-    assert exact["bart"] == Exact(padded=False, shared=False)
+    assert exact["bart"] == Exact(padded=False, shared=False, joined=False)
     assert not assistant_of(language_of("rwkv")).exact.cached
 
 

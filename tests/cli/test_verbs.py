@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, create_autospec
 
+import click
 import pytest
 
+from llavactl.chat.conversation import AnswerStream
+from llavactl.core import plugin_commands
 from llavactl.core.options import Located
+from llavactl.model.generate import GREEDY, Sampling
 from llavactl.testing import run_cli
 
 SMALL = """\
@@ -268,14 +271,12 @@ class TestCache:
 class Talker:
     """A conversation that repeats the prompt."""
 
-    assistant = SimpleNamespace(name="m")
+    assistant = SimpleNamespace(name="m", sampling=GREEDY)
+    system = ""
 
-    def ask(self, *content: Any, sampling: Any) -> Iterator[str]:
-        if content[-1] == "interrupt":
-            yield "half"
-            raise KeyboardInterrupt
-        yield f"{len(content) // 2} images, "
-        yield str(content[-1])
+    def ask(self, *content: Any, sampling: Any) -> AnswerStream:
+        self.sampling = sampling
+        return AnswerStream(piece for piece in (f" {len(content) // 2} images, ", str(content[-1]), "\n"))
 
 
 class TestChat:
@@ -330,25 +331,57 @@ class TestChat:
         assert result.stderr.startswith("error: b.jsonl:2: image none.jpg: ")
         opened.assert_not_called()
 
-    def test_a_conversation(self, opened: MagicMock, toys: Path, here: Path) -> None:
-        photo = toys / "images/photo-000.jpg"
-        said = (
-            f"hello\n\n/image '{photo}'\nwhat is it?\nand now?\n/image none.jpg\nthis?\n/image\n"
-            "interrupt\n/quit\nnever\n"
-        )
-        result = run_cli("chat", cwd=here, stdin=said)
+    def test_sampling_defaults_to_that_of_the_model(self, verb: Any, here: Path) -> None:
+        talker = Talker()
+        verb("chat", "open_chat", talker)
+        for options, expected in (
+            ("", GREEDY),
+            ("--temperature 0.5 --seed 3", Sampling(temperature=0.5, seed=3)),
+            ("--top-p 0.9 --max-new-tokens 7", Sampling(7, top_p=0.9)),
+        ):
+            assert run_cli("chat", "--prompt", "x", *options.split(), cwd=here).exit_code == 0
+            assert talker.sampling == expected
+
+    @pytest.mark.parametrize("option", ["--temperature=nan", "--top-p=nan", f"--seed={2**63}"])
+    def test_invalid_sampling_is_found_before_the_model_is_read(
+        self, option: str, opened: MagicMock, here: Path
+    ) -> None:
+        assert run_cli("chat", "--prompt", "x", option, cwd=here).exit_code == 1
+        opened.assert_not_called()
+
+    def test_a_prompt_from_stdin(self, opened: MagicMock, here: Path) -> None:
+        assert run_cli("chat", "--prompt", "-", cwd=here, stdin="a\nb\n").stdout == "0 images, a\nb\n"
+        assert run_cli("chat", "--prompt", "-", cwd=here, stdin=" \n").exit_code == 2
+
+    def test_the_system_prompt(self, verb: Any, here: Path) -> None:
+        talker = Talker()
+        verb("chat", "open_chat", talker)
+        assert run_cli("chat", "--prompt", "x", "--system", "Be brief.", cwd=here).exit_code == 0
+        assert talker.system == "Be brief."
+
+    def test_code_is_saved(self, opened: MagicMock, here: Path) -> None:
+        result = run_cli("chat", "--prompt", "\n```html\n<p>\n```", "--save-code", "pages", cwd=here)
+        assert (here / "pages/index.html").read_text() == "<p>\n"
+        assert "pages/index.html" in result.stderr
+
+    def test_the_browser_needs_a_plugin(self, opened: MagicMock, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        called: list[Any] = []
+
+        @click.command()
+        @click.option("-r", "source")
+        @click.option("--model")
+        @click.option("-o", "overrides", multiple=True)
+        @click.option("--template")
+        def web(**options: Any) -> None:
+            called.append(options)
+
+        monkeypatch.setattr(importlib.import_module("llavactl.cli.root"), "_from_plugin", lambda _name: web)
+        monkeypatch.setattr(plugin_commands, "commands", dict)
+        result = run_cli("chat", "--web", cwd=here)
+        assert (result.exit_code, result.stdout) == (1, "")
+        monkeypatch.setattr(plugin_commands, "commands", lambda: {"web": ""})
+        result = run_cli("chat", "--web", "-o", "a=1", "-o", "b=2", "--template", "t", "--model", "m", cwd=here)
         assert result.exit_code == 0
-        assert result.stdout.splitlines() == ["0 images, hello", "1 images, what is it?", "0 images, and now?", "half"]
-        assert "error: image none.jpg: " in result.stderr
-        assert result.stderr.count("/image FILE ") == 2
-
-    def test_a_new_conversation_forgets(self, opened: MagicMock, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
-        made: list[Any] = []
-
-        def conversation(assistant: Any) -> Talker:
-            made.append(assistant)
-            return Talker()
-
-        monkeypatch.setattr("llavactl.chat.conversation.Conversation", conversation)
-        assert run_cli("chat", cwd=here, stdin="/new\nhello").stdout == "0 images, hello\n"
-        assert made == [Talker.assistant]
+        assert called == [{"source": None, "model": "m", "overrides": ("a=1", "b=2"), "template": "t"}]
+        assert run_cli("chat", "--web", "--seed", "3", cwd=here).exit_code == 2
+        opened.assert_not_called()

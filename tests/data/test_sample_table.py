@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -30,6 +30,8 @@ from llavactl.recipe.specs import SourceSpec
 @dataclass(frozen=True)
 class Member:
     """A reference to an image as a plugin defines it."""
+
+    shared_fields: ClassVar[tuple[str, ...]] = ("shard",)
 
     shard: str
     name: str
@@ -115,6 +117,7 @@ def test_only_equal_samples_have_equal_digests(one: Sample, other: Sample) -> No
         image_in("/photos", "data:image/png;base64,iVBORw0KGgo="),
         Member("/a.tar", "x", object()),  # type: ignore[arg-type]
         Member("/a.tar", "x", (1, 2)),  # type: ignore[arg-type]
+        Member(("/a.tar",), "x", 1),  # type: ignore[arg-type]
     ],
 )
 def test_images_whose_fields_are_not_plain_are_not_cached(image: Any) -> None:

@@ -82,7 +82,7 @@ def shell_lines() -> list[Any]:
 @pytest.mark.parametrize("words", shell_lines())
 def test_a_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVACTL_PLUGIN_FILES", "")  # set by --plugin
-    for cut in (">", "2>&1", "|", "||", "&&"):
+    for cut in ("<", ">", "2>&1", "|", "||", "&&"):
         words = words[: words.index(cut)] if cut in words else words
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]

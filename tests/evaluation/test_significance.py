@@ -94,3 +94,8 @@ def test_holm_of_a_calculation_by_hand() -> None:
 def test_holm_is_between_the_value_and_bonferronis(values: list[float]) -> None:
     for value, adjusted in zip(values, holm(values), strict=True):
         assert value <= adjusted <= min(1.0, len(values) * value) or adjusted == 1.0
+
+
+def test_wilson_is_exact_at_the_ends() -> None:
+    for n in range(1, 200):
+        assert (wilson(0, n)[0], wilson(n, n)[1]) == (0, 100)

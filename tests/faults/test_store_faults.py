@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,19 +35,10 @@ def recipe(toy: Path) -> Recipe:
 
 
 @pytest.fixture
-def remount(home: Path) -> Iterator[Callable[[str], None]]:
+def remount(home: Path, small_disk: Callable[[Path, str], None]) -> Callable[[str], None]:
     """LLAVACTL_HOME on a separate tmpfs, which ``remount("size=64k")`` changes."""
-    home.mkdir()
-
-    def mount(*arguments: str) -> None:
-        subprocess.run(["mount", *arguments, str(home)], check=True, capture_output=True)
-
-    try:
-        mount("-t", "tmpfs", "-o", "size=256k", "tmpfs")
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"tmpfs can't be mounted: {error}")
-    yield lambda options: mount("-o", f"remount,{options}")
-    subprocess.run(["umount", "--lazy", str(home)], check=True)
+    small_disk(home, "size=256k")
+    return lambda options: small_disk(home, f"remount,{options}")
 
 
 def store(recipe: Recipe) -> FeatureStore:

@@ -384,3 +384,23 @@ def test_code_that_llavactl_calls_through_a_library_is_named(tmp_path: Path) -> 
     (problem,) = [each["problem"] for each in document["checks"] if each["ok"] is False]
     assert "fails_in_step.py:20" in problem
     assert "no step" in problem
+
+
+def test_faults_of_the_registration_are_printed_once(tmp_path: Path) -> None:
+    file = write(tmp_path, "once", GOOD.replace('"mean"', '"Mean Value"'))
+    result = run_cli("plugins", "check", str(file))
+    assert "Mean Value" in result.stdout
+    assert "Mean Value" not in result.stderr
+
+
+def test_a_class_instead_of_its_name_is_answered_with_the_name(tmp_path: Path) -> None:
+    file = write(tmp_path, "named", GOOD.replace('return "{name}:PluginOptions"', "return PluginOptions"))
+    (problem,) = [each["problem"] for each in certificate(str(file))[0]["checks"] if each["ok"] is False]
+    assert "'named:PluginOptions'" in problem
+
+
+def test_importing_all_names_is_named_as_what_is_slow(tmp_path: Path) -> None:
+    file = write(tmp_path, "star", "from llavactl import *\n" + GOOD)
+    document, _ = certificate(str(file), "--timeout", "100")
+    (problem,) = [each["problem"] for each in document["checks"] if each["check"] == "light import"]
+    assert "import *" in problem

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
 import pytest
 
+import llavactl
+from llavactl.cli.root import FIRST_PARTY_COMMANDS
 from llavactl.testing import run_cli
+
+from .conftest import Site
 
 CODE = """
 import json, logging, sys
@@ -84,3 +89,22 @@ def test_a_recipe_has_the_types_of_the_reference(file: str, toy: Path) -> None:
         "same": True,
         "plugins": {},
     }
+
+
+@pytest.mark.parametrize("name", FIRST_PARTY_COMMANDS)
+def test_a_command_of_a_missing_first_party_plugin_names_its_package(site: Site, name: str) -> None:
+    result = site.run(name, "--port", "0", code=1, LLAVACTL_PLUGINS="")
+    assert result.stdout == ""
+    error, hint = result.stderr.splitlines()
+    assert f"llavactl {name}" in error
+    assert f"plugins/{FIRST_PARTY_COMMANDS[name]}" in hint
+
+
+def test_the_commands_of_first_party_plugins_are_known() -> None:
+    registered = {}
+    for module in (Path(llavactl.__file__).parents[1] / "plugins").glob("*/*/__init__.py"):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == "register_commands":
+                calls = (call for call in ast.walk(node) if isinstance(call, ast.Call))
+                registered |= {ast.literal_eval(call.args[0]): module.parents[1].name for call in calls if call.args}
+    assert {name: package.partition("[")[0] for name, package in FIRST_PARTY_COMMANDS.items()} == registered

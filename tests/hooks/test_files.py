@@ -141,6 +141,18 @@ def test_a_name_that_cannot_be_imported_is_refused(site: Any, file: Path, name: 
     assert "tiny" not in done.stdout
 
 
+@pytest.mark.parametrize("name", ["my-plugin.py", "2nd.py", "class.py"])
+def test_a_name_need_not_be_an_identifier(site: Any, file: Path, name: str) -> None:
+    path = file.with_name(name)
+    path.write_text(CODE.replace("my:", f"{path.stem}:"))
+    done = site.run("--plugin", str(path), "components", "connectors", "--json", LLAVACTL_PLUGINS=path.stem)
+    assert (done.stderr, "tiny" in names(done)) == ("", True)
+    assert site.run("--plugin", str(path), "hello", LLAVACTL_PLUGINS=path.stem).stdout == "hello\n"
+    checked = site.run("plugins", "check", str(path), "--json", code=1, LLAVACTL_PLUGINS=path.stem)
+    checks = {each["check"]: each["ok"] for each in json.loads(checked.stdout)["checks"]}
+    assert checks["registration"]
+
+
 def test_other_files_of_its_folder_are_not_importable(site: Any, file: Path) -> None:
     """Folders such as wandb/ beside it would otherwise be taken for packages."""
     (file.parent / "wandb").mkdir()

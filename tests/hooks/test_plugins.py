@@ -85,9 +85,23 @@ class TestBroken:
 
 
 def test_an_interrupt_during_import_propagates(site: Any) -> None:
-    site.install("slow", "raise KeyboardInterrupt\n")
+    site.install("slow", "import signal\nsignal.raise_signal(signal.SIGINT)\n")
     done = site.run("components", code=130)
     assert "Traceback" not in done.stderr
+
+
+REGISTERS = HEAD + "@hookimpl\ndef register_commands(register):\n    "
+
+
+@pytest.mark.parametrize("code", ["{raises}", REGISTERS + "{raises}"], ids=["import", "register"])
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit(0)", "GeneratorExit"])
+def test_an_exit_that_a_plugin_raises_is_its_fault(site: Any, code: str, error: str) -> None:
+    site.install("rude", code.format(raises=f"raise {error}\n"))
+    (line,) = lines(site.run("components").stderr)
+    assert "plugin rude" in line
+    assert "rude_plugin/__init__.py:" in line
+    assert not json.loads(site.run("plugins", "check", "rude", "--json", code=1).stdout)["ok"]
+    assert all(error.partition("(")[0] not in each for each in lines(site.run("plugins", "list").stderr))
 
 
 def test_a_slow_plugin_delays_the_help_once(site: Any) -> None:

@@ -24,7 +24,6 @@ IMPORTS = "import click, torch\nfrom llavactl import FeatureShape, Question, Tur
 HOOK = """
 @hookimpl
 def register_{kind}(register):
-    register("{name}", "{target}")
 """
 
 SOURCE = """
@@ -183,7 +182,10 @@ def folder(toy: Path) -> Path:
 
 def plugin_file(folder: Path, name: str, *registrations: tuple[str, str, str], code: str) -> Path:
     """A plugin with ``code`` that registers ``(kind, name, target)``."""
-    hooks = (HOOK.format(kind=kind, name=each, target=f"{name}:{target}") for kind, each, target in registrations)
+    calls: dict[str, list[str]] = {}
+    for kind, each, target in registrations:
+        calls.setdefault(kind, []).append(f'    register("{each}", "{name}:{target}")\n')
+    hooks = (HOOK.format(kind=kind) + "".join(lines) for kind, lines in calls.items())
     file = folder / f"{name}.py"
     file.write_text("".join([IMPORTS, code, *hooks]), encoding="utf-8")
     return file

@@ -114,6 +114,20 @@ def test_a_task_shows_sample_answers(run_dir: Path) -> None:
     assert shown.images.count(PIXEL) == 3
 
 
+def test_maps_of_words_are_shown_beside_the_answer(run_dir: Path) -> None:
+    maps = [
+        {"word": "<b>Blue", "attention": PIXEL, "occlusion": PIXEL},
+        {"word": "sky", "attention": "", "occlusion": "https://example.org/x.png"},
+        "no map",
+    ]
+    row = {"image": "b.png", "thumbnail": PIXEL, "question": "?", "reference": "", "answer": "Blue", "maps": maps}
+    write(run_dir / "eval/examples/scenes.json", [row])
+    shown = page(run_dir)
+    assert "<b>Blue" in shown.text
+    assert shown.images.count(PIXEL) == 5
+    assert not any("example.org" in image for image in shown.images)
+
+
 def test_intervals_and_baselines_are_columns(run_dir: Path) -> None:
     report = json.loads((run_dir / "eval/scenes.json").read_text())
     baselines = {"blind baseline": {"accuracy": 34.5, "chance": {"accuracy": 1.0}}, "stage 1": {"accuracy": 20.25}}

@@ -100,7 +100,7 @@ def test_each_problem_is_located(photos: Path, tmp_path: Path, kind: str, suffix
 
 def test_every_kind_of_problem_is_tested() -> None:
     others = {"empty", "json", "source", "template", "untrained", "truncated"}
-    others.add("image-absent")  # verbs/test_packs.py
+    others.add("image-absent")  # features/test_packs.py
     others |= {"no-caption", "no-image", "duplicate-caption", "encoding"}  # components/sources/test_image_folder.py
     assert set(KINDS) - set(FAULTS) == others | {"image-cut", "image-link", "image-twice"}
 

@@ -47,6 +47,25 @@ def answer_lines(folder: Path) -> list[str]:
     return file.read_text().splitlines()
 
 
+def test_sample_answers_have_maps_in_the_report(run: Path) -> None:
+    """They are added to a finished evaluation as well, and computed once."""
+    file, page = run / "runs/toy/eval/examples/scenes.json", run / "runs/toy/report.html"
+    evaluate(run)
+    assert not any("maps" in row for row in json.loads(file.read_text()))
+    evaluate(run, "-o", "eval.explain=2")
+    rows = json.loads(file.read_text())
+    answered = [row for row in rows[:2] if row["answer"]]
+    assert answered
+    for row in answered:
+        assert all(each["word"] in row["answer"] for each in row["maps"])
+        assert all(each["attention"] and each["occlusion"] for each in row["maps"])
+        assert row["maps"][0]["occlusion"] in page.read_text()
+    assert not any("maps" in row for row in rows[2:])
+    before = file.stat().st_mtime_ns
+    evaluate(run, "-o", "eval.explain=2")
+    assert file.stat().st_mtime_ns == before
+
+
 def test_a_limited_evaluation_is_extended_to_all_questions(run: Path) -> None:
     limited = evaluate(run, "--limit", "4")
     assert limited["n"] == 4

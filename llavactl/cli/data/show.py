@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +13,11 @@ import click
 from llavactl.cli import output
 from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load, recipe_options, stage_option
+from llavactl.core.control_characters import visible
 
 if TYPE_CHECKING:
     from llavactl.data.token_info import TokenInfo
     from llavactl.verbs.show import ShownSample, ShowReport
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters, which a terminal would interpret; data may come from others."""
 
 
 @click.command(
@@ -76,12 +73,13 @@ def command(
     elif html is not None:
         output.lines([f"page: {report.html}"])
     else:
-        output.lines([line for each in report.shown for line in (*_head(report, each), *_body(each, ids), "")][:-1])
+        lines = [line for each in report.shown for line in (*_head(report, each), *_body(each, ids), "")]
+        output.lines(lines[:-1], styled=True)
 
 
 def _head(report: ShowReport, sample: ShownSample) -> Iterator[str]:
-    where = f", {_escaped(sample.where)}" if sample.where else ""
-    yield f"sample {sample.index} of {report.samples}, id {_escaped(sample.id)}{where}"
+    where = f", {visible(sample.where)}" if sample.where else ""
+    yield f"sample {sample.index} of {report.samples}, id {visible(sample.id)}{where}"
     yield (
         f"stage {report.stage}, template {report.template}, image order {report.image_order}, epoch {report.epoch}: "
         f"{sample.tokens} tokens, {sample.target_tokens} target tokens"
@@ -93,9 +91,9 @@ def _head(report: ShowReport, sample: ShownSample) -> Iterator[str]:
         )
     for image in sample.images:
         if image.problem:
-            yield click.style(_escaped(f"image {image.name} can't be read: {image.problem}"), fg="yellow")
+            yield click.style(visible(f"image {image.name} can't be read: {image.problem}"), fg="yellow")
     if sample.left_out:
-        yield click.style(_escaped(f"left out of training: {sample.left_out}"), fg="yellow")
+        yield click.style(visible(f"left out of training: {sample.left_out}"), fg="yellow")
     yield ""
 
 
@@ -119,16 +117,12 @@ def _run(target: bool, pieces: list[TokenInfo]) -> str:
 def _text(piece: TokenInfo) -> str:
     if piece.image:
         return f"<image x {piece.tokens}>"
-    return _escaped(piece.text).replace("\n", "\\n\n")
+    return visible(piece.text).replace("\n", "\\n\n")
 
 
 def _row(piece: TokenInfo) -> str:
     if piece.image:
-        return f"{piece.position:6}          <image x {piece.tokens}> {_escaped(piece.image)}"
+        return f"{piece.position:6}          <image x {piece.tokens}> {visible(piece.image)}"
     mark = "*" if piece.target else " "
-    row = f"{piece.position:6}  {piece.id:6}  {mark}  {_escaped(json.dumps(piece.text, ensure_ascii=False))}"
+    row = f"{piece.position:6}  {piece.id:6}  {mark}  {visible(json.dumps(piece.text, ensure_ascii=False))}"
     return click.style(row, fg="green") if piece.target else row
-
-
-def _escaped(text: str) -> str:
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

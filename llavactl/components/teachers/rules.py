@@ -19,6 +19,7 @@ from llavactl.core.errors import DataError
 from llavactl.core.protocols import Request
 from llavactl.core.registry import Options
 from llavactl.core.schema import Box, Sample
+from llavactl.core.words import article
 
 COLORS = frozenset(
     ["red", "green", "blue", "yellow", "purple", "orange", "black", "white", "brown", "gray", "grey", "pink"]
@@ -258,11 +259,6 @@ def _position(box: NamedBox) -> str:
 
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
-
-
-def article(name: str) -> str:
-    """``name`` with "a" or "an"."""
-    return f"{'an' if name[:1] in 'aeiou' else 'a'} {name}"
 
 
 def plural(name: str) -> str:

@@ -53,14 +53,14 @@ def call_fault(instance: object, name: str, protocol: type) -> str:
     return ""
 
 
-def value_fault(instance: object, name: str, protocol: type) -> str:
+def value_fault(instance: object, name: str, protocol: type, *, evaluate: bool = False) -> str:
     """Why the attribute ``name`` of ``instance`` isn't of the type that ``protocol`` declares; "" if it is.
 
-    Methods aren't attributes. A property of ``instance`` isn't evaluated.
+    Methods aren't attributes. A property of ``instance``, which may read files, is only evaluated with ``evaluate``.
     """
     annotation, matches = _attributes(protocol).get(name, ("", None))
     static = inspect.getattr_static(instance, name)
-    if matches is None or (hasattr(static, "__get__") and not inspect.isfunction(static)):
+    if matches is None or (not evaluate and hasattr(static, "__get__") and not inspect.isfunction(static)):
         return ""
     value = getattr(instance, name)
     return "" if matches(value) else f"{name} = {value!r:.60}; {protocol.__name__} declares {annotation}"

@@ -55,7 +55,7 @@ def _combined(name: str, each: Sequence[Figure | None]) -> Figure:
     elif len(values) < len(present) or not all(map(math.isfinite, values)):  # min and max may ignore NaN
         value = None
     else:
-        value = min(values) if name == "embedding_cosine" else max(values)
+        value = min(values) if name.endswith("_cosine") else max(values)
     return Figure(value, total or None, tuple(details[:MAX_DETAILS]))
 
 
@@ -71,10 +71,12 @@ def _prompt_figures(
     if encoded.images:
         features: Any = assistant.features
         compared |= _pixels(exported.pixels, [features.pixels(image) for image in encoded.images])
-        compared |= _embeddings(exported.embeddings, _image_embeddings(assistant, encoded), image_tokens)
+        expected = _image_embeddings(assistant, encoded)
+        compared |= _embeddings(exported.embeddings, expected, image_tokens)
+        compared |= _unprepared(exported.unprepared, expected, image_tokens)
+    text = [at for at, token in enumerate(encoded.ids) if token != IMAGE_TOKEN]
     # At images, logits follow from the token at the position, which may be another one.
-    compare_at = [at for at, token in enumerate(encoded.ids) if token != IMAGE_TOKEN] if image_tokens else None
-    compared |= _logits(exported.logits, prompt_logits(assistant, turns), compare_at)
+    compared |= _logits(exported.logits, prompt_logits(assistant, turns), text, text_only=bool(image_tokens))
     (expected_answer,) = assistant.answer([turns], Sampling(max_new_tokens=MAX_NEW_TOKENS))
     answer = _answer_text(assistant, exported.said)
     compared["answers"] = _count(answer != expected_answer)
@@ -121,50 +123,82 @@ def _pixels(exported: torch.Tensor | None, expected: Sequence[np.ndarray]) -> di
 def _embeddings(
     exported: torch.Tensor | None, expected: torch.Tensor, tokens: Sequence[int | None] | None = None
 ) -> dict[str, Figure]:
-    """The smallest cosine of a token of embeddings [I, Q, D]; their largest difference, relative to the largest.
-
-    ``tokens`` has, for each of ``exported``, the index of the token that it is compared with, None for one that isn't.
-    """
-    from torch.nn.functional import normalize
-
+    """The smallest cosine of a token of embeddings [I, Q, D]; their largest difference, relative to the largest."""
     if exported is None:
         return {}
-    problem = _shape_problem("embeddings", exported, expected)
-    if tokens is not None and not problem:
-        compared = {at: token for at, token in enumerate(tokens) if token is not None}
-        if (
-            compared
-            and len(tokens) == expected.shape[1]
-            and 0 <= min(compared.values()) <= max(compared.values()) < len(tokens)
-        ):
-            exported, expected = exported[:, [*compared]], expected[:, [*compared.values()]]
-        else:
-            problem = f"`stated.tokens` aren't indexes of {expected.shape[1]} tokens"
-    if problem:
+    if problem := _embeddings_problem("embeddings", exported, expected, tokens):
         return {name: Figure(None, details=(problem,)) for name in ("embedding_cosine", "embedding_error")}
-    # cos = 1 - |a - b|²/2 for unit vectors: exact near 1, and 1 for two zero vectors.
-    chords = (normalize(exported.double(), dim=-1) - normalize(expected.double(), dim=-1)).square().sum(-1)
+    exported, expected = _same_tokens(exported, expected, tokens)
     return {
-        "embedding_cosine": Figure(1 - chords.max().item() / 2),
+        "embedding_cosine": Figure(_cosines(exported, expected).min().item()),
         "embedding_error": Figure(_relative_difference(exported, expected)),
     }
 
 
+def _unprepared(
+    exported: torch.Tensor | None, expected: torch.Tensor, tokens: Sequence[int | None] | None = None
+) -> dict[str, Figure]:
+    """The smallest mean cosine of an image of embeddings [I, Q, D].
+
+    Where the border of padding is resampled, single tokens may change much; the mean separates this from mistakes.
+    """
+    if exported is None:
+        return {}
+    if problem := _embeddings_problem("unprepared", exported, expected, tokens):
+        return {"unprepared_cosine": Figure(None, details=(problem,))}
+    return {"unprepared_cosine": Figure(_cosines(*_same_tokens(exported, expected, tokens)).mean(-1).min().item())}
+
+
+def _embeddings_problem(
+    name: str, exported: torch.Tensor, expected: torch.Tensor, tokens: Sequence[int | None] | None
+) -> str:
+    """Why embeddings [I, Q, D] can't be compared; "" if they can."""
+    problem = _shape_problem(name, exported, expected)
+    if problem or tokens is None:
+        return problem
+    count = expected.shape[1]
+    compared = [token for token in tokens if token is not None]
+    if compared and len(tokens) == count and 0 <= min(compared) <= max(compared) < count:
+        return ""
+    return f"`stated.tokens` aren't indexes of {count} tokens"
+
+
+def _same_tokens(
+    exported: torch.Tensor, expected: torch.Tensor, tokens: Sequence[int | None] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embeddings that are compared: ``tokens`` has the index in ``expected`` of each exported one, or None."""
+    if tokens is None:
+        return exported, expected
+    compared = {at: token for at, token in enumerate(tokens) if token is not None}
+    return exported[:, [*compared]], expected[:, [*compared.values()]]
+
+
+def _cosines(exported: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """The cosines of the last dimension."""
+    from torch.nn.functional import normalize
+
+    # cos = 1 - |a - b|²/2 for unit vectors: exact near 1, and 1 for two zero vectors.
+    return 1 - (normalize(exported.double(), dim=-1) - normalize(expected.double(), dim=-1)).square().sum(-1) / 2
+
+
 def _logits(
-    exported: torch.Tensor, expected: torch.Tensor, positions: Sequence[int] | None = None
+    exported: torch.Tensor, expected: torch.Tensor, text: Sequence[int], *, text_only: bool = False
 ) -> dict[str, Figure]:
     """The largest difference of logits [T, V] relative to the largest one, and positions with another next token.
 
-    ``positions`` are the positions of the prompt that are compared; None: all.
-    ``exported`` may have only the last position, and more tokens than ``expected`` if none is ever the most likely one.
+    ``exported`` has all positions, those of ``text``, or the last one, and may have more tokens than ``expected`` if
+    none is ever the most likely one. With ``text_only``, other positions aren't compared.
     """
     tokens = expected.shape[-1]
-    expected = expected[-len(exported) :]
+    if len(exported) == len(expected) and text_only:
+        exported = exported[[*text]]
+    if len(exported) == len(text):
+        expected = expected[[*text]]
+    elif len(exported) == 1:
+        expected = expected[-1:]
     if len(exported) != len(expected) or exported.shape[-1] < tokens:
         problem = f"logits have shape {list(exported.shape)}, expected {list(expected.shape)}"
         return {"logits": Figure(None, details=(problem,))}
-    if positions is not None and len(exported) > 1:
-        exported, expected = exported[[*positions]], expected[[*positions]]
     next_token = Figure(int((exported.argmax(-1) != expected.argmax(-1)).sum()), len(expected))
     if int(exported.argmax(-1).max()) >= tokens:
         problem = "the most likely token is one that only the export has"

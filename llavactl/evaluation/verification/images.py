@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core.errors import DataError
 from llavactl.core.paths import cache_dir
-from llavactl.core.registry import registry
+from llavactl.data.records import source_samples
 from llavactl.images.decode import ImageError, decode
 from llavactl.images.image_file import ImageFile
 from llavactl.recipe.stages import STAGES
@@ -47,7 +47,7 @@ def _recipe_images(recipe: Outline | None) -> Iterator[ImageFile]:
     yielded: set[ImageFile] = set()
     specs = [spec for number in reversed(STAGES) for spec in recipe.sources(number)] if recipe is not None else []
     for spec in specs:
-        for sample in islice(registry().create("sources", spec.spec()), MAX_SAMPLES):
+        for sample in islice(source_samples(spec.spec()), MAX_SAMPLES):
             for image in sample.images:
                 if isinstance(image, ImageFile) and image not in yielded and not _decoding_error(image):
                     yielded.add(image)

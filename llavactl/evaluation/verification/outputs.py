@@ -6,7 +6,9 @@ tokens, Q tokens per image, D width of the language model):
   {i}.ids         [T]            token ids of the prompt; at image positions, one id that no text token has
   {i}.pixels      [I, 3, H, W]   preprocessed images; optional
   {i}.embeddings  [I, Q, D]      image embeddings as the language model receives them; optional
-  {i}.logits      [T, V], [1, V] logits at every position of the prompt, or at the last one
+  {i}.unprepared  [I, Q, D]      the same for unchanged images, if the others are of images that the script prepared;
+                                 optional
+  {i}.logits      [N, V]         logits at every position of the prompt, at those of text, or at the last one
   {i}.said        [N]            token ids of the greedy answer
   {i}.batched_answer  [N]        token ids of the greedy answer in a padded batch with another prompt; optional
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 ALL_IDS = ("ids", "said", "batched_answer")
 REQUIRED = ("ids", "said", "logits")
-NAMES = (*ALL_IDS, "logits", "pixels", "embeddings")
+NAMES = (*ALL_IDS, "logits", "pixels", "embeddings", "unprepared")
 
 HINT = "the outputs of a verification script are documented in docs/reference/export.md#verification-script"
 
@@ -54,9 +56,12 @@ class Stated(BaseModel):
     program: str = ""
     """Name and version of the program that ran the export, such as ``transformers 5.17.0``."""
     rounding: str | None = None
-    """The least precise type that weights or intermediate values were rounded to, such as ``f16`` or ``q8_0``."""
+    """The least precise type that weights or intermediate values were rounded to, such as ``f16`` or ``q8_0``;
+    ``f16-gelu`` if only values of GELU were rounded."""
     known_differences: list[str] = []
-    """What is known to differ in the program, as sentences."""
+    """What is known to differ in the program, as sentences; no bound depends on them."""
+    resampled: bool = False
+    """Whether the program resamples the images of the prompts in its own way."""
     tokens: list[int | None] | None = None
     """For each embedding of an image, the index of the model's token that it is, null for one that the model doesn't
     have; absent: all of them, in order. If it is given, logits are compared at text only."""
@@ -72,6 +77,7 @@ class PromptOutputs:
     logits: torch.Tensor
     pixels: torch.Tensor | None
     embeddings: torch.Tensor | None
+    unprepared: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,10 @@ def _problem(tensors: Mapping[str, torch.Tensor], index: int, name: str, images:
         return f"has dtype {dtype}, expected {expected_dtype}"
     shape, tokens = list(tensor.shape), tensors[f"{index}.ids"].numel()
     expected_shape, fits = {
-        "logits": (f"[{tokens}, V] or [1, V]", len(shape) == 2 and shape[0] in (1, tokens)),
+        "logits": (f"[N, V] with at most {tokens} rows", len(shape) == 2 and 0 < shape[0] <= tokens),
         "pixels": (f"[{images}, 3, H, W]", len(shape) == 4 and shape[:2] == [images, 3]),
         "embeddings": (f"[{images}, Q, D]", len(shape) == 3 and shape[0] == images),
+        "unprepared": (f"[{images}, Q, D]", len(shape) == 3 and shape[0] == images),
     }.get(name, ("one dimension", len(shape) == 1))
     if not fits:
         return f"has shape {shape}, expected {expected_shape}"

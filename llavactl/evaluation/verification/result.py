@@ -58,6 +58,7 @@ TITLES: Mapping[str, tuple[str, str]] = {
     "pixels": ("pixels", "largest difference"),
     "embedding_cosine": ("image embeddings", "smallest cosine of a token"),
     "embedding_error": ("image embeddings", "largest relative difference"),
+    "unprepared_cosine": ("embeddings of unchanged images", "smallest mean cosine of an image"),
     "logits": ("logits", "largest relative difference"),
     "next_token": ("logits", "positions with another token"),
     "answers": ("greedy answers", "prompts that differ"),
@@ -74,6 +75,7 @@ EXACT: Mapping[str, Bound] = {
     "pixels": Bound(at_most=1e-3),  # normalized pixels: a tenth of one gray level
     "embedding_cosine": Bound(at_least=1 - 1e-6),
     "embedding_error": Bound(at_most=1e-4),
+    "unprepared_cosine": Bound(at_least=1 - 1e-6),
     "logits": Bound(at_most=1e-4),  # two float32 implementations differ by less
     "answers": NONE,
     "batched_answers": NONE,
@@ -83,6 +85,7 @@ EXACT: Mapping[str, Bound] = {
 """Bounds of the verdict ``exact``."""
 
 ROUNDED: Mapping[str, tuple[float, float]] = {
+    "f16-gelu": (0.99999, 0.01),
     "f16": (0.999, 0.01),
     "bf16": (0.999, 0.02),
     "q8_0": (0.999, 0.2),
@@ -93,19 +96,23 @@ docs/notes/export.md has the measurements.
 """
 
 RESAMPLED = 0.96, 0.2
-"""The same for a program that computes something else in a known way, such as the resampling of images."""
+"""The same for a program that resamples images in its own way."""
+
+OTHER_TOKENS = 0.2
+"""Largest difference of logits for a program with other image tokens (``tokens``); embeddings are compared by token."""
+
+UNPREPARED = 0.93
+"""Smallest mean cosine of an image that a program resizes and pads in its own way."""
 
 
 def close_bounds(stated: Stated) -> dict[str, Bound] | None:
-    """Bounds of the verdict ``close``, given what an export's program states; None if it states nothing known.
-
-    Other image tokens (``tokens``) change the logits, but not the embeddings that are compared token by token.
-    """
+    """Bounds of the verdict ``close``, given what an export's program states; None if it states nothing known."""
     cosines, logits = [], []
-    if stated.known_differences:
+    if stated.resampled:
+        cosines.append(RESAMPLED[0])
         logits.append(RESAMPLED[1])
-        if stated.tokens is None:
-            cosines.append(RESAMPLED[0])
+    if stated.tokens is not None:
+        logits.append(OTHER_TOKENS)
     if stated.rounding is not None:
         if stated.rounding not in ROUNDED:
             return None
@@ -115,8 +122,9 @@ def close_bounds(stated: Stated) -> dict[str, Bound] | None:
     if not logits:
         return None
     bounds = {name: bound for name, bound in EXACT.items() if name not in ("embedding_error", "answers")}
-    if stated.known_differences:
+    if stated.resampled:
         del bounds["pixels"]
+    bounds["unprepared_cosine"] = Bound(at_least=UNPREPARED)
     if cosines:
         bounds["embedding_cosine"] = Bound(at_least=min(cosines))
     bounds["logits"] = Bound(at_most=max(logits))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Concatenate, ParamSpec, TypeVar
 
 from llavactl.core import protocols
@@ -14,7 +13,8 @@ from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.identity import examined_identity
 from llavactl.core.plugin_code import fault_text, located_fault, places, plugin_packages, root_package
 from llavactl.core.protocols import Checkable, Identifiable, check_component
-from llavactl.core.protocols.members import call_fault, members
+from llavactl.core.protocols.members import call_fault, members, value_fault
+from llavactl.core.protocols.returned import returned_fault
 
 C = TypeVar("C")
 P = ParamSpec("P")
@@ -69,6 +69,8 @@ def protocol_problems(component: object, protocol: type) -> Iterator[str]:
         if not inspect.isfunction(declared):
             if inspect.ismethod(member) and not isinstance(declared, property):
                 yield f"{name} is a method, {protocol.__name__} declares an attribute"
+            elif why := value_fault(component, name, protocol, evaluate=True):
+                yield why
         elif not callable(member):
             yield f"{name} is not a method, got {member!r:.60}"
         elif why := call_fault(component, name, protocol):
@@ -98,12 +100,7 @@ def wrong_type(what: str, value: object, expected: str) -> str:
     return f"{what}: expected {expected}, got {type(value).__name__}"
 
 
-def json_problem(what: str, value: object) -> str:
-    """Why ``value`` isn't a JSON object; "" if it is."""
-    if not isinstance(value, Mapping):
-        return wrong_type(what, value, "a mapping")
-    try:
-        json.dumps(dict(value), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        return f"{what} is not JSON: {error}"
-    return ""
+def returned_problem(kind: str, method: str, value: object, *arguments: object, **keywords: object) -> str:
+    """Why a component of ``kind`` may not return ``value`` from ``method`` for the arguments; "" if it may."""
+    why = returned_fault(kind, method, value, *arguments, **keywords)
+    return f"{method}() {why}" if why else ""

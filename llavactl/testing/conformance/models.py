@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.protocols import Encoder, ExportableVision, ShapedVision, SkeletonLanguage
-from llavactl.core.protocols.members import missing_members
 from llavactl.core.schema import FeatureShape
 from llavactl.core.tokenizer_check import tokenizer_fault
-from llavactl.testing.conformance.boundary import conformance_check, protocol_problems, wrong_type
+from llavactl.testing.conformance.boundary import conformance_check, protocol_problems, returned_problem, wrong_type
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +27,13 @@ def check_vision(vision: Vision) -> list[str]:
     """
     problems: list[str] = []
     encoder: Any = vision.load("cpu", "float32")
-    if missing := missing_members(encoder, Encoder):
-        return [f"load() returned {type(encoder).__name__}, expected an Encoder (no {', '.join(missing)})"]
+    if problem := returned_problem("vision", "load", encoder, "cpu", "float32"):
+        return [problem]
     problems += protocol_problems(encoder, Encoder)
     if not isinstance(encoder.shape, FeatureShape):
         return [*problems, wrong_type("shape of the encoder", encoder.shape, "a FeatureShape")]
+    if isinstance(vision, ShapedVision) and (problem := returned_problem("vision", "shape", vision.shape())):
+        return [*problems, problem]
     if isinstance(vision, ShapedVision) and vision.shape() != encoder.shape:
         problems.append(f"shape() returns {vision.shape()}, the encoder has {encoder.shape}")
     if isinstance(vision, ExportableVision):
@@ -82,8 +83,8 @@ def _export_problems(vision: ExportableVision) -> Iterator[str]:
         yield wrong_type("processor", vision.processor, "an image processor of transformers")
     if not isinstance(vision.inside, bool):
         yield wrong_type("inside", vision.inside, "a bool")
-    if not callable(getattr(whole := vision.whole(), "save_pretrained", None)):
-        yield wrong_type("whole()", whole, "a model of transformers")
+    if problem := returned_problem("vision", "whole", vision.whole()):
+        yield problem
 
 
 @conformance_check("connectors")
@@ -116,19 +117,18 @@ def check_connector(connector: Connector, *, grid: tuple[int, int] = (4, 4), wid
 def check_language(language: Language) -> list[str]:
     """Checks for a fast tokenizer with an end-of-sequence token and a causal model that accepts embeddings."""
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llavactl.model.exactness import is_causal
 
     tokenizer: Any = language.tokenizer()
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        return [wrong_type("tokenizer()", tokenizer, "a tokenizer of transformers")]
+    if problem := returned_problem("languages", "tokenizer", tokenizer):
+        return [problem]
     problems: list[str] = []
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         problems.append("tokenizer(): expected a fast tokenizer with an end-of-sequence token")
     model: Any = language.load("float32")
-    if not isinstance(model, PreTrainedModel):
-        return [*problems, wrong_type("load()", model, "a model of transformers")]
+    if problem := returned_problem("languages", "load", model, "float32"):
+        return [*problems, problem]
     weight = model.get_input_embeddings().weight
     if weight.dtype != torch.float32:
         problems.append(f"load('float32') returns weights in {weight.dtype}")

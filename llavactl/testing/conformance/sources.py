@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import DataError
-from llavactl.core.protocols import Finding, OtherFindings, RawRecord, RecordSource, RepairingSource
+from llavactl.core.protocols import OtherFindings, RawRecord, RecordSource, RepairingSource
+from llavactl.core.protocols.returned import item_fault, returned_fault
 from llavactl.core.schema import ImageRef, Sample
 from llavactl.testing.conformance.boundary import conformance_check, wrong_type
 
@@ -28,8 +28,9 @@ def check_source(source: Source, *, at_most: int = 50) -> list[str]:
     """
     problems = _record_problems(source, at_most) if isinstance(source, RecordSource) else []
     samples = list(_first_samples(source, at_most))
-    if wrong := [(index, item) for index, item in enumerate(samples) if not isinstance(item, Sample)]:
-        return [*problems, wrong_type(f"item {wrong[0][0]}", wrong[0][1], "a Sample")]
+    for index, item in enumerate(samples):
+        if why := item_fault("sources", "__iter__", item):
+            return [*problems, f"item {index}: {why}"]
     if not samples and not isinstance(source, RecordSource):
         problems.append("it yields no samples")
     for sample in samples:
@@ -87,31 +88,33 @@ def _is_usable(source: RecordSource, record: RawRecord) -> bool:
 
 
 def _record_problems(source: RecordSource, at_most: int) -> list[str]:
-    if not isinstance(source.path, Path):
-        return [wrong_type("path", source.path, "a Path")]
     problems: list[str] = []
     for index, record in enumerate(itertools.islice(source.records(), at_most)):
-        if not isinstance(record, RawRecord):
-            return [*problems, wrong_type(f"records(): item {index}", record, "a RawRecord")]
+        if why := item_fault("sources", "records", record):
+            return [*problems, f"records(): item {index}: {why}"]
         if not record.problem:
             problems += _examination_problems(source, record)
     if isinstance(source, OtherFindings):
+        from llavactl.curation.scan import finding_fault
+
         found = itertools.islice(source.other_findings(), at_most)
-        problems += _finding_problems("other_findings()", [finding for _, finding in found])
+        for item in found:
+            if why := item_fault("sources", "other_findings", item) or finding_fault([item[1]]):
+                return [*problems, f"other_findings() {why}"]
     return problems
 
 
 def _examination_problems(source: RecordSource, record: RawRecord) -> list[str]:
     """Problems of ``examine``, ``sample`` and ``repair`` for one record."""
     from llavactl.curation.problems import KINDS
+    from llavactl.curation.scan import finding_fault
 
     original = copy.deepcopy(record.value)
     examined = source.examine(record)
-    if not isinstance(examined, tuple) or len(examined) != 2:
-        return [wrong_type(f"{record.where}: examine()", examined, "a tuple of findings and images")]
+    if why := returned_fault("sources", "examine", examined, record) or finding_fault(examined[0]):
+        return [f"{record.where}: examine() {why}"]
     findings, images = examined
-    if problems := _finding_problems(f"{record.where}: examine()", findings):
-        return problems
+    problems: list[str] = []
     refused = any(KINDS[finding.kind].effect == "stops" for finding in findings)
     try:
         sample = source.sample(record)
@@ -121,8 +124,8 @@ def _examination_problems(source: RecordSource, record: RawRecord) -> list[str]:
     else:
         if refused:
             problems.append(f"{record.where}: examine() rejects the record, sample() accepts it")
-        elif not isinstance(sample, Sample):
-            problems.append(wrong_type(f"{record.where}: sample()", sample, "a Sample"))
+        elif why := returned_fault("sources", "sample", sample, record):
+            problems.append(f"{record.where}: sample() {why}")
         elif set(sample.images) != set(images):
             problems.append(f"{record.where}: the images of examine() differ from those of sample()")
     if isinstance(source, RepairingSource):
@@ -132,23 +135,13 @@ def _examination_problems(source: RecordSource, record: RawRecord) -> list[str]:
     return problems
 
 
-def _finding_problems(where: str, findings: Sequence[Any]) -> list[str]:
-    from llavactl.curation.problems import KINDS
-
-    for finding in findings:
-        if not isinstance(finding, Finding):
-            return [wrong_type(f"{where}: item", finding, "a Finding")]
-        if finding.kind not in KINDS:
-            return [f"{where} returns the unknown finding {finding.kind!r}; available: {', '.join(KINDS)}"]
-    return []
-
-
 def _repair_problems(source: RepairingSource, record: RawRecord) -> list[str]:
-    value, changes = source.repair(record)
+    repaired = source.repair(record)
+    if why := returned_fault("sources", "repair", repaired, record):
+        return [f"{record.where}: repair() {why}"]
+    value, changes = repaired
     if value is None:
         return [] if changes else [f"{record.where}: repair() drops the record without a reason"]
-    if not isinstance(value, Mapping):
-        return [wrong_type(f"{record.where}: repair()", value, "a mapping or None")]
     if not changes and value is not record.value:
         return [f"{record.where}: repair() returns a new value but no changes"]
     try:

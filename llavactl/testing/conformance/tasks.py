@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core.protocols import AnswerMatcher, BudgetedTeacher, Judged, Scores, TeacherScored
+from llavactl.core.protocols import AnswerMatcher, Judged, Scores
 from llavactl.core.protocols import Task as TaskProtocol
+from llavactl.core.protocols.returned import question_faults, returned_fault, score_faults
 from llavactl.core.schema import Answer, Question
 from llavactl.testing.conformance.boundary import (
     component_packages,
     conformance_check,
     describe_exception,
-    json_problem,
-    wrong_type,
+    returned_problem,
 )
 
 if TYPE_CHECKING:
@@ -27,26 +26,19 @@ def check_task(task: Task | Judged) -> list[str]:
 
     ``score`` must accept answers to all questions and to the first few, and ``judge`` the stored reviews.
     """
-    protocols: Any = task.protocols
-    if not isinstance(protocols, tuple) or not all(isinstance(name, str) for name in protocols):
-        return [wrong_type("protocols", protocols, "a tuple of strings")]
     questions = list(task.questions())
-    if wrong := [item for item in questions if not isinstance(item, Question)]:
-        return [wrong_type("questions(): item", wrong[0], "a Question")]
+    if not all(isinstance(question, Question) for question in questions):
+        return [returned_problem("tasks", "questions", questions)]
     ids = [question.id for question in questions]
-    problems = [f"duplicate question id {name!r}" for name, count in Counter(ids).items() if count > 1]
+    problems = [f"questions() {why}" for why in question_faults(questions)]
     if ids != [question.id for question in task.questions()]:
         problems.append("questions() differs between calls")
-    unasked = [question.id for question in questions if not question.turns or question.turns[-1].role != "user"]
-    problems += [f"question {name!r} does not end with a user turn" for name in unasked]
-    problems += [] if protocols else ["protocols is empty"]
+    problems += [] if task.protocols else ["protocols is empty"]
     problems += [] if questions else ["it has no questions"]
-    if isinstance(task, TeacherScored) and not isinstance(task.teacher, BudgetedTeacher | None):
-        problems.append(wrong_type("teacher", task.teacher, "a BudgetedTeacher or None"))
     if isinstance(task, AnswerMatcher) and questions:
-        found: Any = task.id_of(Answer(ids[0], questions[0].reference))
-        problems += [] if isinstance(found, str) else [wrong_type("id_of()", found, "a string")]
-    for protocol in protocols:
+        stored = Answer(ids[0], questions[0].reference)
+        problems += filter(None, [returned_problem("tasks", "id_of", task.id_of(stored), stored)])
+    for protocol in task.protocols:
         problems += [f"{protocol}: {problem}" for problem in _scoring_problems(task, questions, protocol)]
     return problems
 
@@ -55,8 +47,8 @@ def _scoring_problems(task: Task | Judged, questions: Sequence[Question], protoc
     ids = {question.id for question in questions}
     if isinstance(task, Judged):
         reviews: Any = task.reviews()
-        if not isinstance(reviews, Sequence) or not all(isinstance(run, Mapping) for run in reviews):
-            yield wrong_type("reviews()", reviews, "a sequence of mappings")
+        if problem := returned_problem("tasks", "reviews", reviews):
+            yield problem
         elif reviews:
             yield from _score_problems("judge()", lambda: task.judge(reviews, protocol), ids, task)
     if isinstance(task, TaskProtocol):
@@ -76,10 +68,7 @@ def _score_problems(what: str, scored: Callable[[], Any], ids: set[str], task: o
     except Exception as error:  # noqa: BLE001 - a plugin may raise anything
         yield f"{what}: {describe_exception(error, component_packages(task))}"
         return
-    if not isinstance(scores, Scores):
-        yield wrong_type(what, scores, "Scores")
-        return
-    if why := json_problem(f"{what}: scores", scores.scores):
-        yield why
-    if unknown := [name for name in (*scores.right, *scores.grades) if name not in ids]:
-        yield f"{what}: a grade for the unknown question {unknown[0]!r}"
+    if isinstance(scores, Scores):
+        yield from (f"{what}: {why}" for why in score_faults(scores, ids))
+    else:
+        yield f"{what}: {returned_fault('tasks', 'score', scores)}"

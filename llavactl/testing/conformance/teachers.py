@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llavactl.core.errors import DataError, TeacherError
 from llavactl.core.protocols import (
     BatchTeacher,
     ClosableTeacher,
-    ExactTeacher,
     LanguageTeacher,
-    Limits,
     Reply,
     Request,
 )
 from llavactl.core.registry import registry
-from llavactl.testing.conformance.boundary import conformance_check, json_problem, wrong_type
+from llavactl.testing.conformance.boundary import conformance_check, returned_problem
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Teacher
@@ -33,8 +31,6 @@ def check_teacher(teacher: Teacher, requests: Sequence[Request] | None = None) -
     """
     requests = list(toy_requests() if requests is None else requests)
     problems = _language_problems(teacher, requests[0]) if isinstance(teacher, LanguageTeacher) else []
-    if isinstance(teacher, ExactTeacher) and not isinstance(teacher.exact, bool):
-        problems.append(wrong_type("exact", teacher.exact, "a bool"))
     if isinstance(teacher, BatchTeacher):
         problems += _batch_problems(teacher)
     if problems:
@@ -82,9 +78,10 @@ def _reply_problems(teacher: Teacher, request: Request, reply: object) -> Iterat
         if not isinstance(teacher, LanguageTeacher):
             yield f"{request.id}: raises TeacherError, but isn't a LanguageTeacher: {reply.message}"
         return
-    if not isinstance(reply, str | Reply):
-        yield wrong_type(f"{request.id}: reply()", reply, "a string or a Reply")
+    if problem := returned_problem("teachers", "reply", reply, request):
+        yield f"{request.id}: {problem}"
         return
+    assert isinstance(reply, str | Reply)
     reply = reply if isinstance(reply, Reply) else Reply(reply)
     if not reply.text.strip():
         yield f"{request.id}: the reply is empty; raise DataError for a request that can't be answered"
@@ -96,13 +93,11 @@ def _reply_problems(teacher: Teacher, request: Request, reply: object) -> Iterat
 
 
 def _language_problems(teacher: LanguageTeacher, request: Request) -> list[str]:
-    limits: Any = teacher.limits
-    if not isinstance(limits, Limits):
-        return [wrong_type("limits", limits, "Limits")]
+    limits = teacher.limits
     problems = [] if limits.concurrency >= 1 else [f"limits.concurrency is {limits.concurrency}, expected 1 or more"]
     content = teacher.content(request)
-    if why := json_problem("content()", content):
-        return [*problems, why]
+    if problem := returned_problem("teachers", "content", content, request):
+        return [*problems, problem]
     if content != teacher.content(request):
         problems.append("content() differs between calls")
     if content != teacher.content(replace(request, id=f"{request.id}-other")):
@@ -114,7 +109,7 @@ def _language_problems(teacher: LanguageTeacher, request: Request) -> list[str]:
 
 
 def _batch_problems(teacher: BatchTeacher) -> list[str]:
-    problems = [] if isinstance(teacher.batch_url, str) else [wrong_type("batch_url", teacher.batch_url, "a string")]
+    problems = []
     for status, body in ((500, b""), (200, b"not JSON")):
         try:
             reply: object = teacher.read(status, body)

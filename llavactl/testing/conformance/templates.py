@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import ConversationError
 from llavactl.core.protocols import ExportableTemplate
-from llavactl.core.schema import ImageSlot, Segment, Text, Turn
+from llavactl.core.schema import Segment, Text, Turn
 from llavactl.images.references import ImageBytes
-from llavactl.testing.conformance.boundary import conformance_check, wrong_type
+from llavactl.testing.conformance.boundary import conformance_check, returned_problem
 from llavactl.testing.toys import toy_tokenizer
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def check_template(template: Template, tokenizer: PreTrainedTokenizerBase | None
         with tempfile.TemporaryDirectory() as folder:
             return check_template(template, toy_tokenizer(Path(folder)))
     stop: Any = template.stop(tokenizer)
-    if not isinstance(stop, tuple) or not all(isinstance(text, str) for text in stop):
-        return [wrong_type("stop()", stop, "a tuple of strings")]
-    problems = ["stop() contains an empty string"] if "" in stop else []
+    if problem := returned_problem("templates", "stop", stop, tokenizer):
+        return [problem]
+    problems: list[str] = []
     refused: list[str] = []
     for turns in _CONVERSATIONS:
         roles = ", ".join(turn.role for turn in turns)
@@ -63,8 +63,9 @@ def check_template(template: Template, tokenizer: PreTrainedTokenizerBase | None
     if len(refused) == len(_CONVERSATIONS):
         problems.append(f"render() refuses every conversation: {refused[0]}")
     if isinstance(template, ExportableTemplate):
-        exported: Any = template.exported_chat_template(tokenizer)
-        problems += [] if isinstance(exported, str) else [wrong_type("exported_chat_template()", exported, "a string")]
+        for method in ("supports_images", "exported_chat_template"):
+            value: Any = getattr(template, method)(tokenizer)
+            problems += filter(None, [returned_problem("templates", method, value, tokenizer)])
     return problems
 
 
@@ -74,18 +75,12 @@ def _render_problems(
     """Problems of one conversation. Raises ConversationError if the template refuses it."""
     segments: Any = template.render(turns, tokenizer)
     prompt: Any = template.render(turns[:-1], tokenizer, generate=True)
-    for what, rendered in (("render()", segments), ("render(generate=True)", prompt)):
-        if not isinstance(rendered, Sequence):
-            yield wrong_type(what, rendered, "a list of segments")
-            return
-        if wrong := [each for each in rendered if not isinstance(each, Text | ImageSlot)]:
-            yield wrong_type(f"{what}: item", wrong[0], "a Text or an ImageSlot")
+    for rendered, rendered_turns in ((segments, turns), (prompt, turns[:-1])):
+        if problem := returned_problem("templates", "render", rendered, rendered_turns, tokenizer):
+            yield problem
             return
     if segments != template.render(turns, tokenizer):
         yield "render() differs between calls"
-    images, slots = sum(len(turn.images) for turn in turns), sum(isinstance(each, ImageSlot) for each in segments)
-    if slots != images:
-        yield f"render() returns {slots} image slots for {images} images"
     yield from _text_problems(segments, turns)
     yield from _ending_problems(segments, turns, [*stop, str(tokenizer.eos_token)])
     if not _text(segments).startswith(_text(prompt)):

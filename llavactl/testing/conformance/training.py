@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from llavactl.core.protocols import Schedule, UpdateRule, Weight
-from llavactl.testing.conformance.boundary import conformance_check, wrong_type
+from llavactl.core.protocols.returned import returned_fault
+from llavactl.testing.conformance.boundary import conformance_check, returned_problem
 
 if TYPE_CHECKING:
     import torch
@@ -23,19 +22,20 @@ def check_optimizer(rule: UpdateRule) -> list[str]:
     """Checks that the rule changes weights, that its state can be restored, and that ``scope`` is true."""
     import torch
 
-    scopes = get_args(get_type_hints(UpdateRule)["scope"])
-    if rule.scope not in scopes:
-        return [f"scope is {rule.scope!r}, expected one of {', '.join(scopes)}"]
-    if not isinstance(rule.moments, tuple):
-        return [wrong_type("moments", rule.moments, "a tuple of strings")]
+    from llavactl.training.update_rules import probe_groups
+
     parts = get_args(get_type_hints(Weight)["part"])
     examples = [Weight(f"{part}.{len(shape)}", shape, part) for part in parts for shape in ((8, 6), (8,))]
     selections = [rule.selects(weight) for weight in examples]
-    if other := next((each for each in selections if not isinstance(each, bool)), None):
-        return [wrong_type("selects()", other, "a bool")]
+    answers = zip(selections, examples, strict=True)
+    if problem := next(filter(None, (returned_problem("optimizers", "selects", *answer) for answer in answers)), None):
+        return [problem]
     shapes = {weight.name: weight.shape for weight, selected in zip(examples, selections, strict=True) if selected}
     if not shapes:
         return ["selects() is False for every kind of weight"]
+    groups = probe_groups()
+    if problem := returned_problem("optimizers", "build", rule.build(groups), groups):
+        return [problem]
     torch.manual_seed(0)
     values, gradients = ({name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2))
     return [*_update_problems(rule, values, gradients)]
@@ -108,9 +108,9 @@ def check_schedule(schedule: Schedule) -> list[str]:
     """Checks that the fractions are numbers of at least 0 that depend on step and number of steps only."""
     places = [(step, steps) for steps in (1, 2, 100) for step in range(steps)]
     fractions: Sequence[Any] = [schedule.fraction(*place) for place in places]
-    for (step, steps), value in zip(places, fractions, strict=True):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-            return [f"fraction({step}, {steps}) returns {value!r}, expected a number of at least 0"]
+    for place, value in zip(places, fractions, strict=True):
+        if why := returned_fault("schedules", "fraction", value, *place):
+            return [f"fraction{place} {why}"]
     again = [schedule.fraction(*place) for place in reversed(places)][::-1]
     problems = [] if again == list(fractions) else ["fraction() depends on earlier calls"]
     return problems if any(fractions) else [*problems, "fraction() is 0 in every step"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.hashes import hash_json
+from llavactl.core.locations import shown_path
 from llavactl.core.paths import exclusive_lock, write_atomic, write_json
 from llavactl.core.plugin_code import located_fault
 from llavactl.core.plugin_faults import plugin_error
@@ -102,7 +103,7 @@ def _outcome(recipes: SweepRecipes, variant: Variant, grades: TaskGrades) -> Out
     except (Exception, SystemExit) as error:  # a plugin may call sys.exit
         if process_count() > 1:
             raise
-        why = _explained(error)
+        why = _explained(error, run_dir / ERROR)
         with optional_output(run_dir / ERROR):
             write_atomic(run_dir / ERROR, "".join(traceback.format_exception(error)))
     finally:
@@ -124,15 +125,15 @@ def _record(folder: Path, finished: FinishedRun) -> None:
         write_json(folder / EXTRACTIONS, {**known, finished.extraction: seconds})
 
 
-def _explained(error: BaseException) -> str:
-    """The reason and the hint of ``error`` in one line."""
+def _explained(error: BaseException, file: Path) -> str:
+    """The reason and the hint of ``error`` in one line; the traceback is in ``file``."""
     if isinstance(error, RecipeError) and error.problems:
         text = "; ".join(map(str, error.problems))
     elif isinstance(error, LlavactlError):
         text = error.with_hint()
     else:
         fault = plugin_error(error)
-        text = f"{fault.message if fault else located_fault(error, ['llavactl'])} (traceback in {ERROR})"
+        text = f"{fault.message if fault else located_fault(error, ['llavactl'])} (traceback in {shown_path(file)})"
     return " ".join(text.split())
 
 

@@ -67,8 +67,9 @@ class SweepReport:
     """All variants of a sweep. ``axes``: the labels by key; ``names``: the short names of these keys.
 
     ``main_scores``: the score of each task that tables and plots show. ``computed``: how often each step was carried
-    out. ``seconds``: the time that these took (``computed``), and that all runs would take without sharing
-    (``without_sharing``). ``failed``: the number of failed runs.
+    out for the finished runs, also by earlier commands; in a dry run, how often it will be for all runs. ``seconds``:
+    the time that these took (``computed``), and that all runs would take without sharing (``without_sharing``).
+    ``failed``: the number of failed runs.
     """
 
     name: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llavactl import SavedModel
-from llavactl_gguf.vision import Builds, has_class_token
+from llavactl_gguf.vision import BICUBIC, Builds, has_class_token, squares
 
 
 def usage(model: str, mmproj: str, stop_strings: Sequence[str]) -> list[str]:
@@ -22,19 +22,34 @@ def usage(model: str, mmproj: str, stop_strings: Sequence[str]) -> list[str]:
 
 def limitations(saved: SavedModel, builds: Builds) -> list[str]:
     """Sentences about what llama.cpp computes differently."""
-    pad = saved.description["vision"]["image"] == "pad"
+    how, vision = squares(saved), saved.vision()
     found = [
         "llama.cpp computes GELU approximately, in float16.",
         "Images that aren't square are resized before they are padded: pad photos before sending them."
-        if pad
-        else "llama.cpp pads images that aren't square; in training they were cropped or stretched.",
+        if how == "pad"
+        else f"llama.cpp pads images that aren't square; in training they were {_PAST[how]}: {how} photos before "
+        "sending them.",
     ]
-    if has_class_token(saved.vision().config):
+    if (resample := vision.processor.to_dict()["resample"]) != BICUBIC:
         found.append(
-            "The positions in the projector are for builds of llama.cpp that read the class token after the patches; "
+            f"llama.cpp resizes images with a bicubic filter; in training it was {_filter_name(resample)}: resize "
+            "photos before sending them."
+        )
+    if has_class_token(vision.config):
+        found.append(
+            "The projector is for builds of llama.cpp that read the class token after the patches, as b11739 does; "
             "they leave out the first patch of an image (for_build: cls-last)."
             if builds == "cls-last"
             else "The projector is for builds of llama.cpp that read the class token before the patches (for_build: "
-            "cls-first); in others, patches have wrong positions."
+            "cls-first); in others, such as b11739, patches have wrong positions."
         )
     return found
+
+
+_PAST = {"crop": "cropped", "stretch": "stretched"}
+
+
+def _filter_name(resample: int) -> str:
+    from PIL.Image import Resampling
+
+    return Resampling(resample).name.lower()

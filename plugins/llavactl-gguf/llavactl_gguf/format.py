@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from llavactl import ModelError, Options, open_model
+from llavactl import ModelError, Options, SavedModel, open_model
 from llavactl_gguf.file import TensorType
 from llavactl_gguf.vision import Builds
 
@@ -73,30 +73,17 @@ class Gguf:
             ModelError: llama.cpp can't represent the model; nothing is written then.
         """
         from llavactl_gguf.card import limitations, usage
-        from llavactl_gguf.chat import chat_template
         from llavactl_gguf.file import write_file
-        from llavactl_gguf.language import architecture_of, language_keys, language_tensors
-        from llavactl_gguf.tokenizer import refuse_template, tokenizer_keys
         from llavactl_gguf.vision import vision_keys, vision_tensors
 
         saved = open_model(model)
-        tokenizer, language = saved.exported_tokenizer(), saved.language()
-        self.check(saved.description["vision"], saved.description["connector"], language, tokenizer)
-        refuse_template(saved, tokenizer)
-        kind, mmproj_kind, builds = self.options.type, self.mmproj_type, self.options.for_build
+        tokenizer = saved.exported_tokenizer()
         stop_ids, stop_strings = saved.stop_criteria(tokenizer)
-        keys = [
-            *language_keys(language, kind),
-            *tokenizer_keys(tokenizer, len(language.get_input_embeddings().weight), sorted(stop_ids)),
-        ]
-        if template := chat_template(saved, tokenizer):
-            keys.append(("tokenizer.chat_template", template))
-        tensors = [*language_tensors(language, kind)]
+        kind, mmproj_kind, builds = self.options.type, self.mmproj_type, self.options.for_build
         model_file, mmproj_file = to / f"model-{kind}.gguf", to / f"mmproj-{mmproj_kind}.gguf"
-        write_file(model_file, architecture_of(language).name, keys, tensors)
-        del language, tensors
-        vision = [*vision_tensors(saved, mmproj_kind, builds)]
-        write_file(mmproj_file, "clip", vision_keys(saved, mmproj_kind, builds), vision)
+        self._write_language(saved, tokenizer, sorted(stop_ids), model_file)
+        keys, tensors = vision_keys(saved, mmproj_kind, builds), vision_tensors(saved, mmproj_kind, builds)
+        write_file(mmproj_file, "clip", keys, tensors)
         record = {
             **saved.settings(),
             "stop_strings": list(stop_strings),
@@ -104,3 +91,28 @@ class Gguf:
             "limitations": limitations(saved, builds),
         }
         (to / "llavactl_export.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+    def _write_language(
+        self, saved: SavedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], file: Path
+    ) -> None:
+        """Writes the language model, which is in memory only meanwhile.
+
+        Raises:
+            ModelError: llama.cpp can't represent the model; nothing is written then.
+        """
+        from llavactl_gguf.chat import chat_template
+        from llavactl_gguf.file import write_file
+        from llavactl_gguf.language import architecture_of, language_keys, language_tensors
+        from llavactl_gguf.tokenizer import refuse_template, tokenizer_keys
+
+        language = saved.language()
+        self.check(saved.description["vision"], saved.description["connector"], language, tokenizer)
+        refuse_template(saved, tokenizer)
+        kind = self.options.type
+        keys = [
+            *language_keys(language, kind),
+            *tokenizer_keys(tokenizer, len(language.get_input_embeddings().weight), stop_ids),
+        ]
+        if template := chat_template(saved, tokenizer):
+            keys.append(("tokenizer.chat_template", template))
+        write_file(file, architecture_of(language).name, keys, language_tensors(language, kind))

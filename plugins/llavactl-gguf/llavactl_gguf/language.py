@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llavactl import ModelError
-from llavactl_gguf.file import FILE_TYPES, Key, StoredTensor, TensorType
+from llavactl_gguf.file import FILE_TYPES, HINT, Key, StoredTensor, TensorType
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +55,6 @@ _NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 """Names of modules in transformers and llama.cpp; those of a block without ``model.layers.N`` and ``blk.N``."""
-
-HINT = "use `--format hf`"
 
 
 def refuse_language(language: PreTrainedModel) -> None:
@@ -125,10 +124,12 @@ def language_tensors(language: PreTrainedModel, kind: TensorType) -> Iterator[St
         part = _block(module)[1]
         if module == "lm_head" and tied:
             continue
-        rotated = interleaved and part in heads
-        yield StoredTensor(str(_name(name)), _interleaved(weight, heads[part]) if rotated else weight, kind)
+        if interleaved and part in heads:
+            yield StoredTensor.of(str(_name(name)), weight, kind, partial(_interleaved, heads=heads[part]))
+        else:
+            yield StoredTensor.of(str(_name(name)), weight, kind)
     if config.rope_parameters.get("rope_type") == "llama3":
-        yield StoredTensor("rope_freqs.weight", _frequency_divisors(language), "f32")
+        yield StoredTensor.of("rope_freqs.weight", _frequency_divisors(language), "f32")
 
 
 def _name(name: str) -> str | None:

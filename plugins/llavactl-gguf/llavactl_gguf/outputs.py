@@ -28,8 +28,16 @@ SAME_INTERFACE = ("0.11739", "2026.10.11549")
 
 With others, the library would read wrong memory."""
 
-PRECISION = ("q8_0", "bf16", "f16", "f32")
-"""Types of matrices, from the least precise."""
+LAST_CLASS_TOKEN = 11739
+"""The latest build that was found to put the class token of CLIP last; see the README."""
+
+GELU = "f16-gelu"
+"""llama.cpp reads GELU from a table with float16 inputs and values, also if all weights are float32.
+
+This changes image embeddings a tenth as much as weights in float16 do, so it has its own bound."""
+
+PRECISION = ("q8_0", "bf16", "f16", GELU)
+"""What values are rounded to, from the least precise."""
 
 EXACT = {"float32": ("f32",), "bfloat16": ("f32", "bf16"), "float16": ("f32", "f16")}
 """The types that weights of each dtype are stored in without rounding."""
@@ -47,7 +55,7 @@ class LlamaCpp:
     Both files are read into memory that is released with the process.
     """
 
-    def __init__(self, model: Path, mmproj: Path, context: int) -> None:
+    def __init__(self, model: Path, mmproj: Path) -> None:
         self.ffi, self.lib, self.mtmd, self.program = libraries()
         self._silence = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", _log(self.ffi))
         for set_log in (self.lib.llama_log_set, self.mtmd.mtmd_log_set, self.mtmd.mtmd_helper_log_set):
@@ -59,11 +67,6 @@ class LlamaCpp:
         self.model = self._not_null(self.lib.llama_model_load_from_file(str(model).encode(), settings), model)
         self.vocabulary = self.lib.llama_model_get_vocab(self.model)
         self.tokens = self.lib.llama_vocab_n_tokens(self.vocabulary)
-        context_settings = self.lib.llama_context_default_params()
-        context_settings.n_ctx = context_settings.n_batch = context_settings.n_ubatch = context
-        context_settings.type_k = context_settings.type_v = F32
-        context_settings.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.context = self._not_null(self.lib.llama_init_from_model(self.model, context_settings), model)
         projector_settings = self.mtmd.mtmd_context_params_default()
         projector_settings.use_gpu = projector_settings.warmup = projector_settings.print_timings = False
         projector_settings.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -77,30 +80,45 @@ class LlamaCpp:
         return pointer
 
     def run(self, text: str, images: list[Image.Image], max_new_tokens: int) -> dict[str, np.ndarray]:
-        """Ids, logits, image embeddings and greedy answer of a prompt with ``<image>`` for each image."""
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        """Ids, logits at text, image embeddings and greedy answer of a prompt with ``<image>`` for each image."""
+        chunks = [*self.chunks(text, images)]
+        context = self._context(sum(map(len, chunks)) + max_new_tokens)
         ids: list[int] = []
         logits: list[np.ndarray] = []
-        embeddings: list[np.ndarray] = []
-        for chunk in self.chunks(text, images):
+        for chunk in chunks:
+            last = self._decode(context, len(ids), chunk)
             if isinstance(chunk, list):
-                logits.append(self._decode(len(ids), tokens=chunk))
+                logits.append(last)
                 ids += chunk
             else:
-                logits.append(self._decode(len(ids), embeddings=chunk))
                 ids += [IMAGE] * len(chunk)
-                embeddings.append(chunk)
         outputs = {"ids": np.array(ids), "logits": np.concatenate(logits)}
-        if embeddings:
-            outputs["embeddings"] = np.stack(embeddings)
+        if images:
+            outputs["embeddings"] = np.stack([chunk for chunk in chunks if not isinstance(chunk, list)])
         answer: list[int] = []
-        last = outputs["logits"][-1]
         while len(answer) < max_new_tokens:
-            answer.append(int(last.argmax()))
+            answer.append(int(last[-1].argmax()))
             if self.lib.llama_vocab_is_eog(self.vocabulary, answer[-1]):
                 break
-            (last,) = self._decode(len(ids) + len(answer) - 1, tokens=answer[-1:])
+            last = self._decode(context, len(ids) + len(answer) - 1, answer[-1:])
+        self.lib.llama_free(context)
         return {**outputs, "said": np.array(answer)}
+
+    def embeddings(self, images: list[Image.Image]) -> np.ndarray:
+        """The embeddings [I, Q, D] of images as they are."""
+        chunks = self.chunks("<image>" * len(images), images)
+        return np.stack([chunk for chunk in chunks if not isinstance(chunk, list)])
+
+    def _context(self, tokens: int) -> Any:
+        """A context for a prompt and its answer: with the model's own size, a cache may not fit into memory."""
+        settings = self.lib.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = tokens
+        settings.type_k = settings.type_v = F32
+        settings.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        context = self.lib.llama_init_from_model(self.model, settings)
+        if context == self.ffi.NULL:
+            raise SystemExit(f"llama.cpp can't create a context for {tokens} tokens")
+        return context
 
     def chunks(self, text: str, images: list[Image.Image]) -> Iterator[list[int] | np.ndarray]:
         """The token ids between images and the embeddings [Q, D] of each image, as llama.cpp splits the prompt."""
@@ -128,24 +146,26 @@ class LlamaCpp:
         for bitmap in bitmaps:
             mtmd.mtmd_bitmap_free(bitmap)
 
-    def _decode(
-        self, position: int, *, tokens: list[int] | None = None, embeddings: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Logits [T, V] after appending tokens or embeddings [T, D] to the cache, which holds ``position`` tokens."""
-        given = tokens if tokens is not None else embeddings
-        assert given is not None
-        batch = self.lib.llama_batch_init(len(given), 0 if embeddings is None else embeddings.shape[1], 1)
-        batch.n_tokens = len(given)
-        for at in range(len(given)):
-            if tokens is not None:
-                batch.token[at] = tokens[at]
-            batch.pos[at], batch.n_seq_id[at], batch.seq_id[at][0], batch.logits[at] = position + at, 1, 0, 1
-        if embeddings is not None:
-            self.ffi.memmove(batch.embd, embeddings.tobytes(), embeddings.nbytes)
-        if status := self.lib.llama_decode(self.context, batch):
+    def _decode(self, context: Any, position: int, chunk: list[int] | np.ndarray) -> np.ndarray:
+        """Logits after appending tokens or embeddings [T, D] to the cache, which holds ``position`` tokens.
+
+        Those of all tokens [T, V], but after embeddings only the last [1, V].
+        """
+        text, count = isinstance(chunk, list), len(chunk)
+        batch = self.lib.llama_batch_init(count, 0 if isinstance(chunk, list) else chunk.shape[1], 1)
+        batch.n_tokens = count
+        for at in range(count):
+            batch.pos[at], batch.n_seq_id[at], batch.seq_id[at][0] = position + at, 1, 0
+            batch.logits[at] = text or at == count - 1
+        if isinstance(chunk, list):
+            for at, token in enumerate(chunk):
+                batch.token[at] = token
+        else:
+            self.ffi.memmove(batch.embd, chunk.tobytes(), chunk.nbytes)
+        if status := self.lib.llama_decode(context, batch):
             raise SystemExit(f"llama.cpp can't decode a prompt (status {status})")
         self.lib.llama_batch_free(batch)
-        return self._array(self.lib.llama_get_logits(self.context), (len(given), self.tokens))
+        return self._array(self.lib.llama_get_logits(context), (count if text else 1, self.tokens))
 
     def _array(self, pointer: Any, shape: tuple[int, int]) -> np.ndarray:
         """A copy of ``shape`` float32 values at ``pointer``."""
@@ -157,14 +177,10 @@ def stated(folder: Path, model: Path, mmproj: Path) -> dict[str, Any]:
     """End tokens, and what is known to differ: the least precise type that was rounded to, and the class token."""
     record = json.loads((folder / "llavactl_export.json").read_text(encoding="utf-8"))
     settings = metadata(mmproj)
-    # llama.cpp computes GELU in float16, also with weights in float32.
-    rounded = {"f16", _matrix_type(mmproj)} - {"f32"} | {_matrix_type(model)} - {*EXACT[record["precision"]]}
-    statement: dict[str, Any] = {"known_differences": [], "rounding": min(rounded, key=PRECISION.index)}
+    rounded = {GELU, _matrix_type(mmproj)} - {"f32"} | {_matrix_type(model)} - {*EXACT[record["precision"]]}
+    statement = {"known_differences": record["limitations"], "rounding": min(rounded, key=PRECISION.index)}
     if settings.get("llavactl.vision.class_token") == "last":
         tokens = (settings["clip.vision.image_size"] // settings["clip.vision.patch_size"]) ** 2
-        statement["known_differences"] = [
-            "The first patch of an image is left out, and the class token is its last token."
-        ]
         statement["tokens"] = [*range(1, tokens), None]
     ends = [metadata(model).get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return {**statement, "eos": [token for token in ends if token is not None]}
@@ -176,14 +192,14 @@ def metadata(file: Path) -> dict[str, Any]:
 
 
 def as_square(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
-    """``image`` as the square that the vision encoder was trained with; llama.cpp resizes it as in training."""
+    """``image`` as the square of the vision encoder's size as in training; llama.cpp copies its pixels."""
     size, how = settings["clip.vision.image_size"], settings["llavactl.vision.image"]
     width, height = image.size
     if how == "pad":
         side, color = max(image.size), tuple(int(255 * mean) for mean in settings["clip.vision.image_mean"])
         padded = Image.new("RGB", (side, side), color)
         padded.paste(image, ((side - width) // 2, (side - height) // 2))
-        return padded
+        image = padded
     if how == "crop":
         shortest = min(image.size)
         width, height = size * width // shortest, size * height // shortest
@@ -225,9 +241,23 @@ def _exit_missing(message: str) -> NoReturn:
 
 
 def _program(package: str) -> str:
-    """The last part of the version of these packages is llama.cpp's build number."""
     number = version(package)
-    return f"llama.cpp b{number.rpartition('.')[2]} ({package} {number})"
+    return f"llama.cpp b{_build(number)} ({package} {number})"
+
+
+def _build(number: str) -> int:
+    """llama.cpp's build number, the last part of the version ``number`` of these packages."""
+    return int(number.rpartition(".")[2])
+
+
+def refuse_build(program: str, mmproj: Path) -> None:
+    """Exits if ``program`` is known to be a build that ``mmproj`` wasn't made for."""
+    build = _build(program.removesuffix(")"))
+    if metadata(mmproj).get("llavactl.vision.class_token") == "first" and build <= LAST_CLASS_TOKEN:
+        _exit_missing(
+            f"an export with for_build: cls-first can't be verified in {program}, which puts the class token of CLIP "
+            "last; install a build that puts it first, or export for this one with for_build: cls-last"
+        )
 
 
 def _log(ffi: Any) -> Callable[[int, Any, Any], None]:
@@ -244,11 +274,16 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
     """Writes ids, image embeddings, logits and greedy answers of all prompts."""
     document = json.loads(prompts.read_text(encoding="utf-8"))
     ((model,), (mmproj,)) = (sorted(folder.glob(f"{name}-*.gguf")) for name in ("model", "mmproj"))
-    llama, settings = LlamaCpp(model, mmproj, 4096), metadata(mmproj)
+    llama, settings = LlamaCpp(model, mmproj), metadata(mmproj)
+    refuse_build(llama.program, mmproj)
     outputs: dict[str, np.ndarray] = {}
+    encoded: set[str] = set()
     for index, prompt in enumerate(document["prompts"]):
-        images = [as_square(Image.open(name).convert("RGB"), settings) for name in prompt["images"]]
-        run = llama.run(prompt["text"], images, document["max_new_tokens"])
+        images = [Image.open(name).convert("RGB") for name in prompt["images"]]
+        run = llama.run(prompt["text"], [as_square(image, settings) for image in images], document["max_new_tokens"])
+        if not encoded.issuperset(prompt["images"]):
+            run["unprepared"] = llama.embeddings(images)
+            encoded.update(prompt["images"])
         outputs |= {f"{index}.{name}": values for name, values in run.items()}
     statement = {"program": llama.program, **stated(folder, model, mmproj)}
     save_file(outputs, out, metadata={"stated": json.dumps(statement)})

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llavactl import ModelError, SavedModel, Turn, sentencepiece_vocabulary
-from llavactl_gguf.file import Key
+from llavactl_gguf.file import HINT, Key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-HINT = "use `--format hf`"
 
 TOKEN_TYPES = {"normal": 1, "unknown": 2, "control": 3, "user-defined": 4, "unused": 5, "byte": 6}
 """``tokenizer.ggml.token_type``."""

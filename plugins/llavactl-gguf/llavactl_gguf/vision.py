@@ -6,10 +6,11 @@ llama.cpp's graph for the projector type ``mlp`` computes mm.2 · gelu(mm.0 · f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl import ExportableVision, ModelError, SavedModel, registry
-from llavactl_gguf.file import FILE_TYPES, Key, StoredTensor, TensorType
+from llavactl_gguf.file import FILE_TYPES, HINT, Key, StoredTensor, TensorType
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,6 @@ Builds = Literal["cls-last", "cls-first"]
 """Where a build of llama.cpp puts the class token of CLIP; see the README."""
 
 CONNECTORS = ("linear", "mlp2x-gelu")
-HINT = "use `--format hf`"
 
 ENCODERS = ("clip_vision_model", "siglip_vision_model")
 ACTIVATIONS: Mapping[str, str | None] = {
@@ -28,6 +28,9 @@ ACTIVATIONS: Mapping[str, str | None] = {
     "silu": "clip.use_silu",
 }
 """The flag for each activation of transformers. llama.cpp's GELU is the approximation by tanh."""
+
+BICUBIC = 3
+"""Pillow's number of the filter that llama.cpp resizes images with."""
 
 LINEAR_SCALE = 2.0**12
 """Scale of a linear connector before the GELU, whose values llama.cpp rounds to float16 between -10 and 10."""
@@ -121,10 +124,8 @@ def vision_keys(saved: SavedModel, kind: TensorType, builds: Builds) -> Iterator
     if flag := ACTIVATIONS[config["hidden_act"]]:
         yield flag, True
     # How images become squares in training, for the verification script.
-    processor = backbone.processor.to_dict()
-    stretches = "crop" if processor.get("do_center_crop") else "stretch"
-    yield "llavactl.vision.image", "pad" if vision["image"] == "pad" else stretches
-    yield "llavactl.vision.resample", int(processor["resample"])
+    yield "llavactl.vision.image", squares(saved)
+    yield "llavactl.vision.resample", int(backbone.processor.to_dict()["resample"])
     if has_class_token(config):
         yield "llavactl.vision.class_token", builds.removeprefix("cls-")
 
@@ -137,10 +138,11 @@ def vision_tensors(saved: SavedModel, kind: TensorType, builds: Builds) -> Itera
         stored = _name(name.removeprefix("vision_model."), max(layers))
         if stored is None:
             continue
-        values = weight
+        stored_kind: TensorType = "f32" if stored in _FLOAT32 else kind
         if stored == "v.position_embd.weight" and has_class_token(backbone.config) and builds == "cls-last":
-            values = weight.roll(-1, 0)
-        yield StoredTensor(stored, values, "f32" if stored in _FLOAT32 else kind)
+            yield StoredTensor.of(stored, weight, stored_kind, lambda positions: positions.roll(-1, 0))
+        else:
+            yield StoredTensor.of(stored, weight, stored_kind)
     yield from _connector_tensors(saved.connector_weights(), layers, kind)
 
 
@@ -154,19 +156,23 @@ def _connector_tensors(
         parts = weight.chunk(len(layers), dim=1)
         return torch.cat([part for _, part in sorted(zip(layers, parts, strict=True), key=lambda each: each[0])], dim=1)
 
+    def with_negative(weight: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat([weight, -weight], dim)
+
     if "weight" not in weights:
-        yield StoredTensor("mm.0.weight", sorted_columns(weights["0.weight"]), kind)
-        yield StoredTensor("mm.0.bias", weights["0.bias"], kind)
-        yield StoredTensor("mm.2.weight", weights["2.weight"], kind)
-        yield StoredTensor("mm.2.bias", weights["2.bias"], kind)
+        yield StoredTensor.of("mm.0.weight", weights["0.weight"], kind, sorted_columns)
+        yield StoredTensor.of("mm.0.bias", weights["0.bias"], kind)
+        yield StoredTensor.of("mm.2.weight", weights["2.weight"], kind)
+        yield StoredTensor.of("mm.2.bias", weights["2.bias"], kind)
         return
     # gelu(x) - gelu(-x) = x. Rounding the weights would not be that of x, so they are stored in float32.
-    weight = sorted_columns(weights["weight"].float()) * LINEAR_SCALE
-    identity = torch.eye(len(weight)) / LINEAR_SCALE
-    yield StoredTensor("mm.0.weight", torch.cat([weight, -weight]), "f32")
-    yield StoredTensor("mm.0.bias", torch.zeros(2 * len(weight)), "f32")
-    yield StoredTensor("mm.2.weight", torch.cat([identity, -identity], dim=1), "f32")
-    yield StoredTensor("mm.2.bias", weights["bias"], "f32")
+    width, inputs = weights["weight"].shape
+    hidden, identity = 2 * width, partial(torch.eye, width)
+    scaled = partial(lambda weight: sorted_columns(weight.float()) * LINEAR_SCALE, weights["weight"])
+    yield StoredTensor("mm.0.weight", (hidden, inputs), "f32", lambda: with_negative(scaled(), 0))
+    yield StoredTensor("mm.0.bias", (hidden,), "f32", lambda: torch.zeros(hidden))
+    yield StoredTensor("mm.2.weight", (width, hidden), "f32", lambda: with_negative(identity() / LINEAR_SCALE, 1))
+    yield StoredTensor.of("mm.2.bias", weights["bias"], "f32")
 
 
 def _name(name: str, blocks: int) -> str | None:
@@ -182,6 +188,13 @@ def _layers(vision: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
     """The hidden states that are the features, counted from 0, the embeddings."""
     layers = [vision["layer"]] if isinstance(vision["layer"], int) else vision["layer"]
     return [layer % (config["num_hidden_layers"] + 1) for layer in layers]
+
+
+def squares(saved: SavedModel) -> Literal["pad", "crop", "stretch"]:
+    """How images become squares in training; llama.cpp pads them, with bicubic resampling and its own color."""
+    if saved.description["vision"]["image"] == "pad":
+        return "pad"
+    return "crop" if saved.vision().processor.to_dict().get("do_center_crop") else "stretch"
 
 
 def has_class_token(config: Mapping[str, Any]) -> bool:

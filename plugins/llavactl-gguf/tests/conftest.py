@@ -133,7 +133,7 @@ def toys(tmp_path: Path, parts: dict[str, Path]) -> Toys:
 def llama(export: Path) -> LlamaCpp:
     """``export`` in llama.cpp."""
     (model,), (mmproj,) = (list(export.glob(f"{name}-*.gguf")) for name in ("model", "mmproj"))
-    return LlamaCpp(model, mmproj, 2048)
+    return LlamaCpp(model, mmproj)
 
 
 def ids(program: LlamaCpp, text: str) -> list[int]:

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil
 
@@ -90,7 +92,29 @@ def test_the_language_model_reads_the_embeddings(toys: Toys) -> None:
     outputs = llama(toys.export(model)).run("USER: <image>\n<image>\nWhich? ASSISTANT:", images, 3)
     assert outputs["embeddings"].shape == (2, 16, 64)
     given = torch.from_numpy(outputs["embeddings"]).flatten(0, 1)
-    assert difference(outputs["logits"], logits(model, outputs["ids"].tolist(), given)) < 1e-5
+    expected = logits(model, outputs["ids"].tolist(), given)
+    assert difference(outputs["logits"], expected[torch.from_numpy(outputs["ids"]) >= 0]) < 1e-5
+    assert outputs["said"][0] == expected[-1].argmax()
+
+
+def test_a_prompt_that_ends_with_an_image(toys: Toys) -> None:
+    model = toys.model()
+    outputs = llama(toys.export(model)).run("USER: <image>", [square()], 1)
+    given = torch.from_numpy(outputs["embeddings"])[0]
+    expected = logits(model, outputs["ids"].tolist(), given)
+    assert outputs["ids"][-1] < 0
+    assert outputs["said"][0] == expected[-1].argmax()
+
+
+def test_images_are_encoded_unchanged(toys: Toys) -> None:
+    """llama.cpp pads, but doesn't crop: a wide image keeps the content of its ends."""
+    program = llama(toys.export(toys.model()))
+    wide = Image.new("RGB", (168, 56))
+    ends = wide.copy()
+    ends.paste((255, 255, 255), (0, 0, 30, 56))
+    one, other = program.embeddings([wide, ends])
+    assert one.shape == (16, 64)
+    assert np.abs(one - other).max() > 1e-3
 
 
 def dinov2(folder: Path) -> Path:

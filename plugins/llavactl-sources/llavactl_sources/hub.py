@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -119,6 +119,8 @@ def _image_rows(path: str, config: str | None, split: str | None, column: str) -
 @dataclass(frozen=True, slots=True)
 class DatasetImage:
     """The image ``item`` in ``column`` of ``row`` of a data set, whose ``fingerprint`` is the library's."""
+
+    shared_fields: ClassVar[tuple[str, ...]] = ("path", "config", "split", "fingerprint", "column")
 
     path: str
     config: str | None

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -53,6 +53,8 @@ class TarImage:
 
     ``stamp_of_shard`` is that of the shard when it was indexed.
     """
+
+    shared_fields: ClassVar[tuple[str, ...]] = ("shard", "stamp_of_shard")
 
     shard: str
     stamp_of_shard: str

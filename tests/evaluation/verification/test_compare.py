@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from llavactl.evaluation.verification.compare import _combined, _embeddings, _logits
+from llavactl.evaluation.verification.compare import _combined, _embeddings, _logits, _unprepared
 from llavactl.evaluation.verification.result import Figure
 
 EXPECTED = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
@@ -29,9 +29,22 @@ def test_logits_at_some_positions() -> None:
     expected = EXPECTED[0]
     exported = expected.clone()
     exported[1] = -10
-    assert _logits(exported, expected, [0, 2, 3])["logits"].value == 0
-    assert (_logits(exported, expected)["logits"].value or 0) > 1
-    assert _logits(exported[-1:], expected, [0, 2, 3])["logits"].value == 0
+    text = [0, 2, 3]
+    assert _logits(exported, expected, text, text_only=True)["logits"].value == 0
+    assert (_logits(exported, expected, text)["logits"].value or 0) > 1
+    for text_only in (False, True):
+        assert _logits(exported[text], expected, text, text_only=text_only)["logits"].value == 0
+        assert _logits(exported[-1:], expected, text, text_only=text_only)["logits"].value == 0
+        assert (_logits(exported[1:], expected, text, text_only=text_only)["logits"].value or 0) > 1
+        assert _logits(exported[:2], expected, text, text_only=text_only)["logits"].value is None
+
+
+def test_unchanged_images_are_compared_by_the_mean_of_the_worst_image() -> None:
+    exported = DISPLACED.clone()
+    exported[1, 0] = -exported[1, 0]
+    assert _unprepared(exported, EXPECTED, [1, 2, 3, None])["unprepared_cosine"].value == pytest.approx(1 / 3)
+    assert _unprepared(exported[:1], EXPECTED)["unprepared_cosine"].value is None
+    assert _unprepared(None, EXPECTED) == {}
 
 
 @pytest.mark.parametrize("values", [[0.0, math.nan], [math.nan, 0.0], [0.0, math.inf]])

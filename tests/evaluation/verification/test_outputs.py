@@ -20,7 +20,12 @@ T, V = 5, 7
 def tensors() -> Tensors:
     """Outputs for a prompt with two images and one without."""
     one = {"ids": torch.arange(T), "said": torch.arange(2), "logits": torch.zeros(T, V)}
-    images = {"pixels": torch.zeros(2, 3, 4, 4), "embeddings": torch.zeros(2, 3, 8), "batched_answer": torch.arange(2)}
+    images = {
+        "pixels": torch.zeros(2, 3, 4, 4),
+        "embeddings": torch.zeros(2, 3, 8),
+        "unprepared": torch.zeros(2, 3, 8),
+        "batched_answer": torch.arange(2),
+    }
     outputs = {f"0.{name}": tensor for name, tensor in (one | images).items()}
     return outputs | {f"1.{name}": tensor.clone() for name, tensor in one.items()}
 
@@ -71,12 +76,14 @@ def test_optional_tensors(tmp_path: Path) -> None:
         ("1.said", torch.zeros(1, 2, dtype=torch.int64)),
         ("1.logits", torch.zeros(T, V, dtype=torch.int64)),
         ("1.logits", torch.zeros(T, V, dtype=torch.complex64)),
-        ("1.logits", torch.zeros(T - 1, V)),
+        ("1.logits", torch.zeros(T + 1, V)),
+        ("1.logits", torch.zeros(0, V)),
         ("1.logits", torch.zeros(V)),
         ("1.logits", torch.full((T, V), torch.nan)),
         ("0.embeddings", torch.full((2, 3, 8), torch.inf)),
         ("0.embeddings", torch.zeros(6, 8)),
         ("0.embeddings", torch.zeros(1, 3, 8)),
+        ("0.unprepared", torch.zeros(1, 3, 8)),
         ("0.pixels", torch.zeros(2, 4, 4, 3)),
         ("0.pixels", torch.zeros(2, 3, 4, 4, dtype=torch.uint8)),
         ("1.pixels", torch.zeros(1, 3, 4, 4)),
@@ -102,6 +109,7 @@ def test_an_odd_tensor_is_named(tmp_path: Path, name: str, tensor: torch.Tensor 
         ('{"rounding": 16}', "stated.rounding"),
         ('{"known_differences": "Images are resampled."}', "stated.known_differences"),
         ('{"dtype": [1]}', "stated.dtype"),
+        ('{"resampled": "yes"}', "stated.resampled"),
     ],
 )
 def test_odd_metadata_is_named(tmp_path: Path, stated: str, named: str) -> None:

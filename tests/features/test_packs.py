@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,10 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from llavactl import StoreError
-from llavactl.features import FeatureStore, StoreWriter, pack_import, shard_copy, stage_fingerprint
+from llavactl.features import FeatureStore, StoreWriter, stage_fingerprint
 from llavactl.features.manifest import read_manifest
 from llavactl.features.pack import IMAGES, PACK, README, UNFINISHED, read_pack
 from llavactl.recipe.frame import Recipe
@@ -30,20 +31,6 @@ from llavactl.verbs.extract import extract
 Load = Callable[..., Recipe]
 
 _KEY = 64 * "0"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """On a busy machine, tiny models spend most of their time in thread synchronization."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def recipe(toy: Path) -> Load:
-    return lambda *overrides: load_recipe(toy / "recipe.yaml", overrides)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +81,24 @@ def weights(run: Path) -> dict[str, bytes]:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def files_below(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+_WITH_SMALL_FILES = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+sys.argv[0] = "llavactl"
+runpy.run_module("llavactl", run_name="__main__", alter_sys=True)
+"""
+
+
+def with_small_files(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command that can't write beyond 4,096 bytes of a file, as if the disk were full: no shard fits."""
+    command = [sys.executable, "-c", _WITH_SMALL_FILES, *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 def edit(pack: Path, **changes: Any) -> None:
@@ -434,7 +439,13 @@ class TestRefusedImport:
         edit(pack, files=value)
         assert PACK in self.refused(pack, elsewhere)
 
-    @pytest.mark.parametrize("value", [None, [{}], [{"id": "../x", "relative": ""}], [{"id": "0" * 32, "relative": 1}]])
+    @pytest.mark.parametrize(
+        "value",
+        [
+            *(None, [{}], [{"id": "../x", "relative": ""}]),
+            *([{"id": "0" * 32, "relative": relative}] for relative in (1, "../x", "a/../../x", "/etc", "C:\\x")),
+        ],
+    )
     def test_malformed_roots(self, pack: Path, elsewhere: Path, value: Any) -> None:
         edit(pack, roots=value)
         assert PACK in self.refused(pack, elsewhere)
@@ -444,16 +455,46 @@ class TestRefusedImport:
         [
             *("", "{", "[]", '{"root": 7, "image": "a", "key": "00"}', '{"root": 0}'),
             *(f'{{"root": {root}, "image": "a", "key": "{_KEY}"}}' for root in ("0.0", "true", "-1", "1")),
+            "[" * 100_000,
+            "\n".join(f'{{"root": 0, "image": "a", "key": "{64 * digit}"}}' for digit in "12"),
+            "\udcff",  # not UTF-8
         ],
     )
-    def test_malformed_names(self, pack: Path, elsewhere: Path, line: str) -> None:
+    def test_malformed_names(self, pack: Path, elsewhere: Path, tmp_path: Path, line: str) -> None:
         from llavactl.features.shards import checksum
 
-        (pack / IMAGES).write_text(f"{line}\n")
+        (pack / IMAGES).write_bytes(f"{line}\n".encode("utf-8", "surrogateescape"))
         files = json.loads((pack / PACK).read_text())["files"]
-        files[IMAGES] = {"bytes": len(line) + 1, "sha256": checksum(pack / IMAGES)}
+        files[IMAGES] = {"bytes": (pack / IMAGES).stat().st_size, "sha256": checksum(pack / IMAGES)}
         edit(pack, files=files)
         assert IMAGES in self.refused(pack, elsewhere)
+        assert files_below(tmp_path / "other-home") == []
+
+    @pytest.mark.parametrize("value", ["12", 1.0, float("inf"), None, True])
+    def test_malformed_numbers(self, pack: Path, elsewhere: Path, value: Any) -> None:
+        edit(pack, images=value)
+        assert PACK in self.refused(pack, elsewhere)
+        files = json.loads((pack / PACK).read_text())["files"]
+        edit(pack, images=12, files={**files, IMAGES: {**files[IMAGES], "bytes": value}})
+        assert PACK in self.refused(pack, elsewhere)
+
+    @pytest.mark.parametrize("name", ["manifest.json", "fingerprint.json"])
+    @pytest.mark.parametrize("text", ["[", "[]", "[" * 100_000])
+    def test_malformed_description_of_a_store(self, pack: Path, elsewhere: Path, name: str, text: str) -> None:
+        from llavactl.features.shards import checksum
+
+        path = self.shard(pack).with_name(name)
+        path.write_text(text)
+        files = json.loads((pack / PACK).read_text())["files"]
+        files[f"{path.parent.name}/{name}"] = {"bytes": len(text), "sha256": checksum(path)}
+        edit(pack, files=files)
+        message = self.refused(pack, elsewhere)
+        assert name in message
+        assert "llavactl extract" not in message  # the hint for a store on this machine
+
+    def test_deeply_nested_pack(self, pack: Path, elsewhere: Path) -> None:
+        (pack / PACK).write_text("[" * 100_000)
+        assert PACK in self.refused(pack, elsewhere)
 
     def test_shard_of_another_store(self, recipe: Load, pack: Path, elsewhere: Path) -> None:
         from llavactl.features.shards import checksum
@@ -472,18 +513,19 @@ class TestRefusedImport:
         edit(pack, files=files)
         assert path.name in self.refused(pack, elsewhere)
 
-    def test_disk_too_small(self, pack: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pack_import, "free_bytes", lambda: 1)
-        self.refused(pack, elsewhere)
+    def test_disk_too_small(
+        self, pack: Path, elsewhere: Path, small_disk: Callable[[Path, str], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("LLAVACTL_HOME", str(elsewhere / "small"))
+        small_disk(elsewhere / "small", "size=16k")
+        assert "free disk space" in self.refused(pack, elsewhere)
+        assert files_below(elsewhere / "small") == []
 
-    def test_disk_full(self, pack: Path, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(_handle: int) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        with monkeypatch.context() as patch:
-            patch.setattr(shard_copy.os, "fsync", full)
-            assert os.strerror(errno.ENOSPC) in self.refused(pack, elsewhere)
-        assert not list((tmp_path / "other-home").rglob("*.partial"))
+    def test_failing_writes(self, pack: Path, elsewhere: Path, tmp_path: Path) -> None:
+        refused = with_small_files("cache", "import", str(pack), cwd=elsewhere)
+        assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
+        assert os.strerror(errno.EFBIG) in refused.stderr
+        assert not [name for name in files_below(tmp_path / "other-home") if name.endswith((".partial", ".h5"))]
         assert ok("cache", "import", str(pack), cwd=elsewhere)["stores"][0]["added"] == 12
 
     def test_store_in_use(self, pack: Path, elsewhere: Path) -> None:
@@ -536,15 +578,20 @@ class TestRefusedExport:
         with StoreWriter(store.fingerprint, store.shape, 4):
             assert "another process" in self.refused(toy, tmp_path / "pack")
 
-    def test_disk_full(self, recipe: Load, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_disk_too_small(
+        self, recipe: Load, toy: Path, tmp_path: Path, small_disk: Callable[[Path, str], None]
+    ) -> None:
         extract(recipe())
+        small_disk(tmp_path / "small", "size=16k")
+        assert "free disk space" in self.refused(toy, tmp_path / "small/pack")
+        assert not list((tmp_path / "small/pack").rglob("*.h5"))
 
-        def full(_handle: int) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        with monkeypatch.context() as patch:
-            patch.setattr(shard_copy.os, "fsync", full)
-            assert os.strerror(errno.ENOSPC) in self.refused(toy, tmp_path / "pack")
+    def test_failing_writes(self, recipe: Load, toy: Path, tmp_path: Path) -> None:
+        extract(recipe())
+        refused = with_small_files("cache", "export", "-r", "recipe.yaml", "--to", str(tmp_path / "pack"), cwd=toy)
+        assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
+        assert os.strerror(errno.EFBIG) in refused.stderr
+        assert files_below(tmp_path / "pack") == [UNFINISHED]
         export_pack(tmp_path / "pack", recipe(), base=toy)
 
     def test_names_of_a_tampered_pack_are_not_followed(self, recipe: Load, toy: Path, pack: Path) -> None:
@@ -554,23 +601,73 @@ class TestRefusedExport:
         assert (toy / "recipe.yaml").exists()
 
 
-def test_a_read_only_pack_is_imported(
-    pack: Path, recipe: Load, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = content(pack)
-    real = os.open
+def test_a_read_only_pack_is_imported(pack: Path, elsewhere: Path, small_disk: Callable[[Path, str], None]) -> None:
+    folder = elsewhere / "mounted"
+    small_disk(folder, "size=1m")
+    shutil.copytree(pack, folder / "pack")
+    small_disk(folder, "remount,ro")
+    assert ok("cache", "import", str(folder / "pack"), cwd=elsewhere)["stores"][0]["added"] == 12
 
-    def guarded(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
-        assert not (str(path).startswith(str(pack)) and flags & (os.O_WRONLY | os.O_RDWR)), path
-        return real(path, flags, *arguments, **options)
 
-    monkeypatch.setattr(os, "open", guarded)
-    for path in [*pack.rglob("*"), pack]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
+def test_an_import_changes_nothing_in_the_pack(pack: Path, elsewhere: Path) -> None:
+    def state() -> list[tuple[Path, int, int]]:
+        """What changes whenever a file is written, created, renamed or removed, also for a moment."""
+        stats = [(path, path.stat()) for path in [pack, *sorted(pack.rglob("*"))]]
+        return [(path, stat.st_ino, stat.st_mtime_ns) for path, stat in stats]
+
+    before = state()
     ok("cache", "import", str(pack), cwd=elsewhere)
-    for path in [pack, *pack.rglob("*")]:
-        path.chmod(0o755)
-    assert content(pack) == before
+    assert state() == before
+
+
+def test_known_images_are_listed_and_pruned_with_their_stores(pack: Path, elsewhere: Path, tmp_path: Path) -> None:
+    ok("cache", "import", str(pack), cwd=elsewhere)
+    images = tmp_path / "other-home/cache/images"
+    files = sorted(map(str, images.glob("*.npy")))
+    listed = ok("cache", "info", cwd=elsewhere)["known_images"]
+    assert [(each["path"], each["images"]) for each in listed] == [(file, 12) for file in files]
+    assert files
+    assert ok("cache", "prune", "--yes", cwd=elsewhere)["files"] == []
+    for shard in (tmp_path / "other-home").rglob("shard-00000.h5"):
+        shard.rename(shard.with_suffix(".away"))
+    assert ok("cache", "prune", "--yes", cwd=elsewhere)["files"] == []  # perhaps those of the shard
+    shutil.rmtree(tmp_path / "other-home/cache/features")
+    left = images / f".{Path(files[0]).name}.x1"
+    left.write_bytes(b"12345")
+    planned = ok("cache", "prune", "--dry-run", cwd=elsewhere)
+    assert sorted(planned["files"]) == sorted([*files, str(left)])
+    assert left.exists()
+    assert ok("cache", "prune", "--yes", cwd=elsewhere)["files"] == planned["files"]
+    assert ok("cache", "info", cwd=elsewhere)["known_images"] == []
+    assert not [name for name in files_below(images) if not name.endswith(".lock")]
+
+
+def test_a_store_that_is_pruned_takes_its_known_images_along(pack: Path, elsewhere: Path) -> None:
+    ok("cache", "import", str(pack), cwd=elsewhere)
+    known = ok("cache", "info", cwd=elsewhere)["known_images"]
+    pruned = ok("cache", "prune", "-r", "recipe.yaml", "-o", "vision.layer=-3", "--yes", cwd=elsewhere)
+    assert (len(pruned["stores"]), pruned["files"]) == (1, [each["path"] for each in known])
+
+
+def test_shown_samples_whose_features_are_gone_are_left_out(pack: Path, elsewhere: Path, tmp_path: Path) -> None:
+    ok("cache", "import", str(pack), cwd=elsewhere)
+
+    def left_out(*words: str) -> str:
+        (sample,) = ok("data", "show", "--stage", "1", *words, cwd=elsewhere)["shown"]
+        return str(sample["left_out"])
+
+    assert left_out() == ""
+    assert left_out("-o", "vision.layer=-3")
+    shutil.rmtree(tmp_path / "other-home/cache/features")
+    assert left_out()
+
+
+def test_a_folder_that_is_not_on_this_machine_is_logged(
+    pack: Path, elsewhere: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ok("cache", "import", str(pack), cwd=elsewhere)
+    ok("extract", cwd=elsewhere)
+    assert len([each for each in caplog.records if str(elsewhere / "images") in each.getMessage()]) == 1
 
 
 def test_a_damaged_table_of_known_images_is_an_error(pack: Path, elsewhere: Path, tmp_path: Path) -> None:

@@ -1,0 +1,251 @@
+"""``llavactl chat``: chat with a model about images."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from llavactl.cli import completion, output
+from llavactl.cli.help import Command
+from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
+from llavactl.core.errors import LlavactlError
+
+if TYPE_CHECKING:
+    from llavactl.chat.conversation import Conversation
+    from llavactl.core.schema import ImageRef
+    from llavactl.model.generate import Sampling
+
+log = logging.getLogger(__name__)
+
+_WEB = "web"
+"""The command of the plugin llavactl-web."""
+
+_OF_WEB = ("source", "overrides", "model", "template")
+"""Options that ``--web`` passes on."""
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "llavactl chat --image photo.jpg",
+        'llavactl chat --image photo.jpg --prompt "What is in this image?"',
+        "llavactl chat --model llava-hf/llava-1.5-7b-hf --batch prompts.jsonl --json",
+        "llavactl chat --temperature 0.7 --seed 1 --save-code pages/",
+    ],
+)
+@recipe_options
+@click.option(
+    "--model",
+    metavar="DIR|ID",
+    shell_complete=completion.file_names,
+    help="Use this model instead of the recipe's; a recipe is then optional.",
+)
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    metavar="FILE|URL",
+    shell_complete=completion.file_names,
+    help="Add an image to the question (repeatable).",
+)
+@click.option(
+    "--prompt",
+    metavar="TEXT|-",
+    help="Answer this prompt, or all of stdin (-), and exit.  [default: start a conversation]",
+)
+@click.option(
+    "--batch",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help='Answer the prompts in a JSONL file: {"image": …, "prompt": …}.',
+)
+@click.option(
+    "--template",
+    metavar="NAME",
+    shell_complete=completion.names_of("templates"),
+    help="Override the model's conversation template.",
+)
+@click.option("--system", metavar="TEXT", help="Replace the template's system prompt.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Generate at most N tokens per answer.  [default: 512]",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    metavar="T",
+    help="Sample with temperature T; 0: greedy decoding.  [default: the model's generation config]",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, min_open=True, max=1),
+    metavar="P",
+    help="Sample from the most likely tokens of total probability P.  [default: the model's generation config]",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Seed of the first sampled answer; each answer has the next one.  [default: 0]",
+)
+@click.option(
+    "--save-code",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Save each code block of the answers to its own file in DIR.",
+)
+@click.option("--web", "web", is_flag=True, help="Chat in the browser instead (plugin llavactl-web).")
+@json_option
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    source: str | None,
+    overrides: tuple[str, ...],
+    model: str | None,
+    images: tuple[str, ...],
+    prompt: str | None,
+    batch: Path | None,
+    template: str | None,
+    system: str | None,
+    save_code: Path | None,
+    web: bool,
+    as_json: bool,
+    **sampling: float | None,
+) -> None:
+    """Chat with a model about images.
+
+    By default, the model is the recipe's newest one: that of a stage in training, if it has previews, or else that of
+    the last finished stage.
+    """
+    if web:
+        _chat_in_browser(context)
+        return
+    if batch is not None and (prompt is not None or images):
+        raise click.UsageError("--batch can't be combined with --prompt or --image")
+    if as_json and batch is None and prompt is None:
+        raise click.UsageError("--json requires --prompt or --batch")
+    from llavactl.cli.chat import line_input
+
+    prompt = line_input.piped_text() if prompt == "-" else prompt
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("--prompt is empty")
+    recipe = load_outline_if_given(source, overrides) if model is not None else load_outline(source, overrides)
+    from llavactl.chat.inputs import open_image, read_batch
+    from llavactl.chat.sampling import changed
+    from llavactl.model.generate import GREEDY
+    from llavactl.verbs import chat
+
+    # Report unreadable files and invalid options before loading the model.
+    given = {name: value for name, value in sampling.items() if value is not None}
+    changed(GREEDY, given)
+    opened = [open_image(name) for name in images]
+    records = [] if batch is None else read_batch(batch)
+    conversation = chat.open_chat(recipe, model, template)
+    conversation.system = system or ""
+    chosen = changed(conversation.assistant.sampling, given)
+    if batch is not None:
+        answers = chat.answer_batch(conversation.assistant, records, chosen, system=conversation.system)
+        _print_batch(answers, as_json)
+        _save(save_code, *(str(answer["answer"]) for answer in answers))
+    elif prompt is None:
+        _converse(conversation, opened, chosen, save_code)
+    elif as_json:
+        report = chat.answer_prompt(conversation, prompt, opened, chosen)
+        output.document(replace(report, images=images))
+        _save(save_code, report.answer)
+    else:
+        _save(save_code, _stream(conversation, prompt, opened, chosen))
+
+
+def _print_batch(answers: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        output.document(answers)
+        return
+    for answer in answers:
+        output.print_json(answer)
+
+
+def _stream(conversation: Conversation, prompt: str, images: Sequence[ImageRef], sampling: Sampling) -> str:
+    from llavactl.chat.inputs import user_content
+    from llavactl.cli.chat.answers import print_answer
+
+    answer = conversation.ask(*user_content(prompt, images), sampling=sampling)
+    print_answer(answer)
+    return answer.text
+
+
+def _save(folder: Path | None, *answers: str) -> None:
+    from llavactl.cli.chat.saved_code import save_code_of
+
+    if folder is not None:
+        for answer in answers:
+            save_code_of(answer, folder)
+
+
+def _converse(
+    conversation: Conversation, images: Sequence[ImageRef], sampling: Sampling, save_code: Path | None
+) -> None:
+    """Answers questions from stdin until its end or /quit."""
+    from dataclasses import asdict
+
+    from llavactl.chat.conversation import Conversation
+    from llavactl.cli.chat.line_input import reader
+    from llavactl.cli.chat.repl import Repl, described
+    from llavactl.cli.chat.slash_commands import COMMANDS
+
+    arguments = {name: bool(each.argument) for name, each in COMMANDS.items()}
+    read, is_edited = reader(arguments, [*asdict(sampling)])
+    assistant = conversation.assistant
+    repl = Repl(
+        conversation,
+        lambda system, turns=(): Conversation(assistant, system, turns),
+        sampling,
+        save_code=save_code,
+        is_edited=is_edited,
+    )
+    repl.pending = [conversation.open_image(image) for image in images]
+    shown = [f"image {described(conversation, image)}" for image in repl.pending]
+    log.info("%s", "; ".join([f"model {assistant.name}", *shown, "/help for commands"]))
+    repl.run(read)
+
+
+def _chat_in_browser(context: click.Context) -> None:
+    """Invokes the command ``web`` with the options of ``_OF_WEB``.
+
+    Raises:
+        LlavactlError: no plugin has this command.
+    """
+    given = [
+        option.opts[-1]
+        for option in context.command.params
+        if option.name in context.params
+        and option.name not in (*_OF_WEB, _WEB)
+        and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"--web can't be combined with {given[0]}; `llavactl web --help` lists its options")
+    root = context.find_root()
+    web = root.command.get_command(root, _WEB) if isinstance(root.command, click.Group) else None
+    if web is None:
+        raise LlavactlError(
+            "chatting in the browser needs the plugin llavactl-web",
+            hint=f"run `{sys.executable} -m pip install llavactl-web`",
+        )
+    arguments = []
+    for option in context.command.params:
+        if option.name in _OF_WEB:
+            value = context.params[option.name]
+            for each in value if isinstance(value, tuple) else [value] * (value is not None):
+                arguments += [option.opts[0], each]
+    with web.make_context(_WEB, arguments, parent=root) as inner:
+        web.invoke(inner)

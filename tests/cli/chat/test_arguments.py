@@ -1,0 +1,50 @@
+"""Names of files in a command, as in a shell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llavactl.cli.chat.arguments import completions, quoted, words
+
+
+@given(st.lists(st.text("ab '\"\\\n\tä", min_size=1)))
+def test_quoted_names_are_read_back(names: list[str]) -> None:
+    assert [word.text for word in words(" ".join(map(quoted, names)))] == names
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", []),
+        (" a  b ", ["a", "b"]),
+        ("a\\ b", ["a b"]),
+        ('\'a "b\'"c d"', ['a "bc d']),
+        ("'a", ["a"]),
+        ("a\\", ["a\\"]),
+    ],
+)
+def test_words(line: str, expected: list[str]) -> None:
+    assert [word.text for word in words(line)] == expected
+
+
+def test_a_name_is_completed_with_its_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my dir").mkdir()
+    for name in ("my dir/it's.png", "my.png", ".hidden", "other\x1b.png"):
+        (tmp_path / name).touch()
+
+    def completed(text: str) -> list[str]:
+        return [text[:start] + replacement for start, replacement, _ in completions(text)]
+
+    assert completed("m") == ["'my dir/", "my.png"]
+    assert completed("x my\\ d") == ["x 'my dir/"]
+    assert completed("'my dir/") == ["'my dir/it'\\''s.png'"]
+    assert completed("'my dir/it'\\''") == ["'my dir/it'\\''s.png'"]
+    assert completed(f"{tmp_path}/my.") == [f"{tmp_path}/my.png"]
+    assert completed("my.png ") == ["my.png 'my dir/", "my.png my.png", "my.png other\x1b.png"]
+    assert completed("nosuch/") == completed("a\0/") == []
+    assert completed(".h") == [".hidden"]
