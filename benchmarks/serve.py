@@ -129,7 +129,7 @@ def over_http(url: str, photos: Sequence[Path], limit: int, clients: int) -> int
 def server(model: Path) -> Iterator[str]:
     """The URL of a server of ``model``."""
     command = [sys.executable, "-m", "llavactl.cli", "serve", "--model", str(model), "--port", "0", "--json", "-q"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stdout is not None
         try:
             yield str(json.loads(process.stdout.readline())["url"])

@@ -105,6 +105,7 @@ _MODULES = {
     "check_component": "llavactl.core.protocols",
     "check_image_root": "llavactl.images.references",
     "component_identity": "llavactl.core.identity",
+    "data_dir": "llavactl.core.paths",
     "evaluate": "llavactl.api",
     "export": "llavactl.api",
     "extract": "llavactl.api",
@@ -125,6 +126,7 @@ _MODULES = {
     "save_model": "llavactl.components.formats.native",
     "sentencepiece_vocabulary": "llavactl.components.languages.sentencepiece_model",
     "train": "llavactl.api",
+    "wilson": "llavactl.evaluation.significance",
 }
 
 __all__ = sorted(_MODULES)

@@ -47,6 +47,7 @@ from llavactl.core.options import RecipePath as RecipePath
 from llavactl.core.options import RecipePaths as RecipePaths
 from llavactl.core.options import RecipePlace as RecipePlace
 from llavactl.core.paths import cache_dir as cache_dir
+from llavactl.core.paths import data_dir as data_dir
 from llavactl.core.progress import Progress as Progress
 from llavactl.core.protocols import AnswerChecker as AnswerChecker
 from llavactl.core.protocols import AnswerMatcher as AnswerMatcher
@@ -105,6 +106,7 @@ from llavactl.core.schema import Sample as Sample
 from llavactl.core.schema import Segment as Segment
 from llavactl.core.schema import Text as Text
 from llavactl.core.schema import Turn as Turn
+from llavactl.evaluation.significance import wilson as wilson
 from llavactl.images.image_file import ImageFile as ImageFile
 from llavactl.images.references import ImageBytes as ImageBytes
 from llavactl.images.references import ImageLocation as ImageLocation

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from llavactl.chat.assistant import Assistant
     from llavactl.chat.conversation import AnswerStream
+    from llavactl.chat.explain import Explanation
     from llavactl.chat.loading import Dtype
     from llavactl.chat.sampling import SamplingOptions
     from llavactl.core.errors import Problem
@@ -318,6 +319,16 @@ class Chat:
     def undo(self) -> bool:
         """Removes the last question and its answer; False if there was none."""
         return bool(self._conversation.undo())
+
+    def explain(self) -> Explanation:
+        """The maps of the last answer: which parts of the images its words depend on.
+
+        Raises:
+            DataError: there is no image, or no answer.
+        """
+        from llavactl.chat.explain import explain_last
+
+        return explain_last(self._conversation)
 
     def save(self, file: str | Path) -> None:
         """Writes the turns to ``file`` as JSON, for ``Chat.load`` and the commands' ``/load``."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llavactl.chat.context import without_oldest
 from llavactl.chat.detokenizer import Detokenizer, Stops
 from llavactl.core.errors import DataError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageRef, Turn
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from llavactl.chat.assistant import Assistant
+    from llavactl.chat.conversation import Conversation
     from llavactl.core.schema import FeatureShape
     from llavactl.data.batches import FeatureLookup
 
@@ -103,6 +105,17 @@ def explain(assistant: Assistant, turns: Sequence[Turn], features: FeatureLookup
         ),
         encoded.images,
     )
+
+
+def explain_last(conversation: Conversation) -> Explanation:
+    """The maps of the last answer of ``conversation``.
+
+    Raises:
+        DataError: there is no image, or no answer.
+        ModelError: the language model has no attention weights.
+    """
+    turns = without_oldest(conversation.turns, conversation.left_out)
+    return explain(conversation.assistant, turns, conversation)
 
 
 def _words(assistant: Assistant, encoded: Encoded) -> list[tuple[str, list[int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -84,9 +85,13 @@ def _from_plugin(name: str) -> click.Command:
     entry = registry().get("commands", name)
     registry().used.add((entry.kind, entry.name))
     command = entry.load()
+    code, what = command, ""
     if not isinstance(command, click.Command):
         what = f"is {command!r:.60}, expected a click command"
-        raise component_error(entry, f"{entry.target} ({location(command) or entry.where}): {what}")
+    elif inspect.isgeneratorfunction(command.callback) or inspect.iscoroutinefunction(command.callback):
+        code, what = command.callback, "the body of a generator or async function never runs"
+    if what:
+        raise component_error(entry, f"{entry.target} ({location(code) or entry.where}): {what}")
     return command
 
 

@@ -77,6 +77,7 @@ def _print(report: SweepReport) -> None:
     from dataclasses import asdict
 
     from llavactl.core.quantities import duration
+    from llavactl.recipe.stages import step_title
     from llavactl.report.sweep_page import comparison_table, variant_table
 
     document = asdict(report)
@@ -95,7 +96,7 @@ def _print(report: SweepReport) -> None:
     output.labeled(
         [
             *(("failed", f"{run.run_dir}: {run.error}") for run in failed),
-            ("steps", ", ".join(f"{step} ({count})" for step, count in report.computed.items()) or "none"),
+            ("steps", ", ".join(f"{step_title(step)} ({count})" for step, count in report.computed.items()) or "none"),
             *([] if report.dry_run else [("time", duration(report.seconds["computed"])), ("report", report.report)]),
         ]
     )
@@ -112,4 +113,6 @@ def _print_plan(report: SweepReport) -> None:
 
 
 def _shared(steps: Mapping[str, str], numbers: Mapping[str, int]) -> str:
-    return ", ".join(f"{step} of run {numbers[owner]}" for step, owner in steps.items()) or "none"
+    from llavactl.recipe.stages import step_title
+
+    return ", ".join(f"{step_title(step)} of run {numbers[owner]}" for step, owner in steps.items()) or "none"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from llavactl.core import plugins
+from llavactl.core import plugins, stopping
 from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.plugin_code import located_fault, location, root_package
 from llavactl.core.registry import Options, import_target
@@ -34,9 +34,11 @@ def options_model(plugin: str) -> type[BaseModel] | None:
 def _target(plugin: str, implementation: Callable[[], str | None]) -> str | None:
     try:
         return implementation()
-    except (LlavactlError, KeyboardInterrupt):
+    except LlavactlError:
         raise
     except BaseException as error:  # a plugin may call sys.exit
+        if stopping.interrupted(error):
+            raise
         raise PluginError(plugins.fault(plugin, "plugin_options", error), hint=_hint(plugin)) from error
 
 
@@ -46,9 +48,9 @@ def _imported_model(plugin: str, target: str, hook: str) -> type[BaseModel]:
         raise PluginError(f"{hook}: returned {target!r:.60}, expected module:attr", hint=_hint(plugin))
     try:
         model = import_target(target)
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # a plugin may call sys.exit at import
+        if stopping.interrupted(error):
+            raise
         why = located_fault(error, [root_package(target)])
         raise PluginError(f"{hook}: {target!r} can't be imported: {why}", hint=_hint(plugin)) from error
     if not (isinstance(model, type) and issubclass(model, Options)):

@@ -78,12 +78,11 @@ def isolated(plugin: str, hook: str = "", *, once: bool = False, hint: str = "")
     """
     try:
         yield
-    except GeneratorExit:
-        raise
     except BaseException as error:
-        if plugin == BUILTIN:
+        closed = isinstance(error, GeneratorExit) and _raised_at(plugin, error) is None  # a generator around this block
+        if plugin == BUILTIN or closed:
             raise
-        if isinstance(error, KeyboardInterrupt) and not stopping.without_signal():
+        if stopping.interrupted(error):
             if hook and _raised_at(plugin, error):
                 log.warning("%s", "; ".join(filter(None, (fault(plugin, hook, error), hint))))
             raise
@@ -177,7 +176,7 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
                 _import_s[point.value] = time.perf_counter() - started
             _register(plugin_manager, module, point.name)
         except BaseException as error:  # a plugin may call sys.exit at import
-            if isinstance(error, KeyboardInterrupt) and not stopping.without_signal():
+            if stopping.interrupted(error):
                 log.warning("the import of plugin %s was interrupted; to skip it, %s", point.name, without(point.name))
                 raise
             raise load_error(point, error) from error

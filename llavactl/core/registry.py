@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llavactl.core import component_calls, plugins
+from llavactl.core import component_calls, plugins, stopping
 from llavactl.core.component_faults import component_fault, target_fault
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
 from llavactl.core.hook_rules import target_of
@@ -307,9 +307,11 @@ def registry() -> Registry:
 def _import(target: str, entry: Registration) -> Any:
     try:
         return import_target(target)
-    except (LlavactlError, KeyboardInterrupt):
+    except LlavactlError:
         raise
-    except BaseException as error:
+    except BaseException as error:  # a plugin may call sys.exit at import
+        if stopping.interrupted(error):
+            raise
         what = f"{entry.subject} can't be loaded from {target!r}"
         raise PluginError(
             f"{what}: {located_fault(error, [root_package(target)])}",

@@ -44,6 +44,11 @@ def without_signal() -> bool:
     return _recording and not _received
 
 
+def interrupted(error: BaseException) -> bool:
+    """Whether ``error`` is Ctrl-C or SIGTERM: a KeyboardInterrupt that code raises by itself is its fault."""
+    return isinstance(error, KeyboardInterrupt) and not without_signal()
+
+
 def exit_code() -> int:
     """The conventional exit code: 143 after SIGTERM, else 130."""
     return 128 + (signal.SIGTERM if terminated() else signal.SIGINT)

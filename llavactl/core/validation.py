@@ -116,7 +116,7 @@ def describe(field: Schema, schema: Schema) -> str:
     if field.get("format") in ("path", "file-path", "directory-path"):
         return "a file or folder"
     if "name" in field.get("required", ()):
-        return "a component, {name: …}"
+        return "a component, {name: …} or its name"
     if item := describe(field["items"], schema) if "items" in field else "":
         return f"a list, each item {item}"
     bounds = " and ".join(f"{sign} {field[bound]:g}" for bound, sign in _BOUNDS.items() if bound in field)

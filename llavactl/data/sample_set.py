@@ -80,11 +80,13 @@ def untrainable(sample: Sample, encoding: Encoding, order: ImageOrder) -> str:
             return ""
     except ConversationError as error:
         return error.message
-    return no_targets(encoding)
+    return no_targets(sample.turns, encoding)
 
 
-def no_targets(encoding: Encoding) -> str:
-    """Why a sample is skipped whose target tokens are all beyond ``max_length``."""
+def no_targets(turns: Sequence[Turn], encoding: Encoding) -> str:
+    """Why a sample of ``turns`` without target tokens is skipped: no answer, or none within ``max_length``."""
+    if not any(turn.role == "assistant" and turn.text for turn in turns):
+        return "no answer" if turns else "no turns"
     return f"no target tokens within max_length {encoding.max_length}"
 
 

@@ -151,7 +151,7 @@ def log_held_out(data: DataSplit, stage: int) -> None:
     """Logs the size of the validation set of ``stage``; a warning if it is empty although the recipe requests one."""
     if data.held_out:
         level = logging.INFO if len(data.validation) else logging.WARNING
-        log.log(level, "stage %d: held out for validation: %s", stage, data.held_out)
+        log.log(level, "stage%d: held out for validation: %s", stage, data.held_out)
 
 
 def write_skipped(file: Path, data: DataSplit) -> None:

@@ -353,7 +353,7 @@ def _size(turns: Sequence[Turn], encoding: Encoding, counter: TokenCounter) -> _
     else:
         targets = sum(span.tokens for span in spans if span.target)
         images, prefix = sum(span.image for span in spans), _prefix_tokens(spans)
-    reason = "" if targets or encoding.has_targets(turns) else no_targets(encoding)
+    reason = "" if targets or encoding.has_targets(turns) else no_targets(turns, encoding)
     return _Size(tokens, targets, images, prefix, _prefix_text(rendered) if prefix else 0, reason)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from llavactl.core.component_calls import call_place
-from llavactl.core.errors import DataError, StoreError
+from llavactl.core.component_calls import call_error
+from llavactl.core.errors import DataError, PluginError, StoreError
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape, ImageContents
 from llavactl.features.backbone import OVERFLOW, Backbone
@@ -142,9 +142,10 @@ class LiveFeatures:
             raise DataError(f"image {image.name} can't be read: {error_reason(error)}") from error
         if isinstance(features, Failure):
             if features.reason == OVERFLOW:
-                encoder = call_place(unchecked(self.encoder), "encode")
+                what = f"returned features of image {image.name} that are not finite in float16"
+                fault = call_error(unchecked(self.encoder), "encode", what)
                 hint = "`features.mode: cached` skips such images; if all are, the encoder is broken"
-                raise DataError(f"image {image.name}: {features.reason}: {encoder}", hint=hint)
+                raise PluginError(fault.message, hint=fault.hint or hint)
             raise DataError(f"image {image.name} can't be read: {features.reason}")
         return features.copy()
 

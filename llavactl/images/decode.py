@@ -29,6 +29,9 @@ MAX_RATIO = 200
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """The formats that Pillow may decode, HEIF with pillow-heif. EPS is excluded, since it would run Ghostscript."""
 
+_ORIENTATION, _FIRST_SIDEWAYS = 274, 5
+"""The EXIF tag of the orientation, and the first of its values that swap width and height."""
+
 _MAX_REASON = 200
 _TAIL_BYTES = 32
 
@@ -83,6 +86,18 @@ def decode(data: bytes) -> Image.Image:
     with _opened(io.BytesIO(data)) as image:
         image.load()
         return _rgb(ImageOps.exif_transpose(image))
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """(width, height) of the upright encoded image ``data``, from its header.
+
+    Raises:
+        ImageError: as in ``decode``.
+    """
+    with _opened(io.BytesIO(data)) as image:
+        width, height = image.size
+        sideways = image.getexif().get(_ORIENTATION, 1) >= _FIRST_SIDEWAYS
+    return (height, width) if sideways else (width, height)
 
 
 def inspect(image: ImageRef, *, whole: bool) -> None:

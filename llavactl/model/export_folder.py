@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from llavactl.core.component_calls import call_error
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_file, hash_json
 from llavactl.core.paths import read_json, write_atomic, write_json
@@ -68,6 +69,7 @@ class ExportFolder:
 
         Raises:
             ModelError: the folder has other files, can't be written, or the format can't represent the model.
+            PluginError: the format wrote no file.
         """
         self._refuse_other_files()
         temporary = self.path.with_name(f".{self.path.name}.partial")
@@ -75,6 +77,8 @@ class ExportFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             export_format.write(model, temporary)
+            if not any(file.is_file() for file in temporary.rglob("*")):
+                raise call_error(export_format, "write", "wrote no file")
             records = [read_json(file) for file in sorted(temporary.rglob(RECORD))]
             listed = {key: [*chain(*(record.get(key, []) for record in records))] for key in CARD_KEYS}
             (temporary / CARD).write_text(model_card(**listed), encoding="utf-8")

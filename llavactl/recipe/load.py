@@ -70,6 +70,7 @@ def _valid_part(frame: type[F], source: RecipeSource, overrides: Sequence[Overri
     root, location, problems = document(source, overrides)
     log.debug("recipe %s, overrides: %s", location.file, " ".join(map(shown, overrides)) or "none")
     data = root.plain()
+    _expand_names(Recipe, data)
     data.setdefault("run_dir", Located(f"runs/{data.get('name')}", location.base))
     found = [*_resolve_components(data), *_resolve_named(data), *_resolve_plugins(data)]
     fullest: Any = next((each for each in (Recipe, VisionRecipe) if _required(each) <= data.keys()), frame)
@@ -106,6 +107,7 @@ def load_eval(overrides: Sequence[str]) -> Eval:
     """
     root, problems = overridden(overrides)
     data = root.plain()
+    _expand_names(Eval, data.get("eval"))
     found: list[KeyProblem] = [
         ((key,), "without a recipe (-r), only `eval` can be overridden") for key in data if key != "eval"
     ]
@@ -154,6 +156,29 @@ def dump(recipe: Outline) -> str:
     Paths in the values of axes can't be made absolute: which values are paths depends on their keys.
     """
     return write(recipe.model_dump(mode="json", exclude={"sweep"}))
+
+
+def _expand_names(section: type[BaseModel], data: Any) -> None:
+    """Replaces components in the unvalidated ``data`` of ``section`` that are just names by ``{"name": …}``.
+
+    Where the frame has a component or a string, such as for templates, the string remains (``NAMED_COMPONENTS``).
+    """
+    if not isinstance(data, dict):
+        return
+    for name, field in section.model_fields.items():
+        if (inner := _model_in(field.annotation)) is None or name not in data:
+            continue
+        value = data[name]
+        if issubclass(inner, Component) and str not in get_args(field.annotation):
+            data[name] = value = (
+                [_expanded(inner, item) for item in value] if isinstance(value, list) else _expanded(inner, value)
+            )
+        for item in value if isinstance(value, list) else [value]:
+            _expand_names(inner, item)
+
+
+def _expanded(cls: type[Component], value: Any) -> Any:
+    return {cls.named_by: value} if isinstance(value, str) else value
 
 
 def raw_components(section: type[BaseModel], data: Any, path: KeyPath = ()) -> Iterator[RawComponent]:

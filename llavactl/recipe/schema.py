@@ -39,11 +39,16 @@ def schema() -> dict[str, Any]:
 
 def _choice(spec: type[Component], shared: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
     """``oneOf`` the registered components of ``spec``'s kind; ``shared`` is the schema of the keys of all of them."""
-    options = [{"title": "changes to the parent recipe's component", "not": {"required": [spec.named_by]}}]
+    named: list[str] = []
+    options = [
+        {"title": "changes to the parent recipe's component", "type": "object", "not": {"required": [spec.named_by]}}
+    ]
     for entry in registry().entries.get(spec.kind, {}).values():
         with plugins.isolated(entry.plugin):
-            options.append(_component(entry, spec, shared, definitions))
-    return {"title": spec.kind, "type": "object", "oneOf": options}
+            options.append(component := _component(entry, spec, shared, definitions))
+            named += [entry.name] * (component["required"] == [spec.named_by])
+    by_name = [{"title": "without options", "enum": named}] if named else []
+    return {"title": spec.kind, "oneOf": [*options, *by_name]}
 
 
 def _plugin_sections(definitions: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -271,6 +271,11 @@ STAGES: dict[StageNumber, str] = dict(enumerate(StageSections.model_fields, 1))
 """The section of each stage, by number."""
 
 
+def step_title(step: str) -> str:
+    """The ``step`` of a run in text: ``stage 1`` for ``stage1``."""
+    return next((f"stage {number}" for number, section in STAGES.items() if step == section), step)
+
+
 @dataclass(frozen=True)
 class TrainingStage:
     """Stage ``number`` of a recipe: its settings and sources, and the specs of its vision encoder and template.

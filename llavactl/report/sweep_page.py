@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from llavactl.core.quantities import BYTE, quantity
+from llavactl.recipe.stages import step_title
 from llavactl.report.figures import MISSING, Row, Table, duration, show
 from llavactl.report.plots import DARK, LIGHT, PLOTS_MISSING, CostPoint, draw_costs, plots_available
 from llavactl.report.templates import template
@@ -61,7 +62,7 @@ def sweep_page(report: Document) -> str:
         axes=len(report["axes"]),
         seeds=len(report["seeds"]),
         tasks=[_task(report, task, score, can_plot=can_plot) for task, score in report["main_scores"].items()],
-        run_columns=("seed", "validation loss", *report["computed"]),
+        run_columns=("seed", "validation loss", *map(step_title, report["computed"])),
         runs=[_run(report, variant, run) for variant in report["variants"] for run in variant["runs"]],
         times=_times(report),
         plots_missing="" if can_plot else PLOTS_MISSING,
@@ -187,7 +188,7 @@ def _times(report: Document) -> list[tuple[str, str]]:
     """How often each step was carried out, and the total time."""
     seconds = report["seconds"]
     return [
-        *((step, f"{count} ×") for step, count in report["computed"].items()),
+        *((step_title(step), f"{count} ×") for step, count in report["computed"].items()),
         ("time of these steps", duration(seconds["computed"])),
         ("without sharing", duration(seconds["without_sharing"])),
     ]

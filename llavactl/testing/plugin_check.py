@@ -115,7 +115,7 @@ def _outcome(
     try:
         found = problems()
     except BaseException as error:  # plugins may raise anything
-        if isinstance(error, KeyboardInterrupt) and not stopping.without_signal():
+        if stopping.interrupted(error):
             raise
         found = [describe_exception(error, packages)]
     return _result(kind, name, check, found)

@@ -43,6 +43,7 @@ def open_chat(
     *,
     dtype: Dtype | None = None,
     quantize: Bits | None = None,
+    compiled: bool = False,
 ) -> Conversation:
     """A conversation with ``model`` (in any supported format), by default the newest of the recipe's run.
 
@@ -57,7 +58,18 @@ def open_chat(
         folder = preview or latest_model(recipe.run_dir)
     else:
         folder = resolve(model, recipe)
-    return Conversation(load_assistant(folder, template=template, dtype=dtype, quantize=quantize))
+    return Conversation(load_assistant(folder, template=template, dtype=dtype, quantize=quantize, compiled=compiled))
+
+
+def explanation(conversation: Conversation) -> dict[str, Any]:
+    """The maps of the last answer, for JSON.
+
+    Raises:
+        DataError: there is no image.
+    """
+    from llavactl.chat.explain import explain_last
+
+    return explain_last(conversation).document()
 
 
 def answer_prompt(

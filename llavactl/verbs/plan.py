@@ -190,7 +190,7 @@ def check_memory(
                 continue  # the records needn't be read
             plan = plan_training(recipe, stage, device_memory=device_memory, devices=devices)
         except Exception as error:  # noqa: BLE001 - the recipe is valid even if its memory can't be predicted
-            warnings.append(f"stage {stage}: its memory can't be predicted ({reason(error)})")
+            warnings.append(f"{STAGES[stage]}: its memory can't be predicted ({reason(error)})")
             continue
         if not plan.fits:
             warnings.append(plan.error.with_hint())

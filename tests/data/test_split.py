@@ -52,6 +52,14 @@ def test_a_sample_without_a_target_is_skipped_and_listed(load_samples: Load) -> 
         assert all(data.train.encoded(epoch, index).target_tokens for index in range(2))
 
 
+def test_a_sample_without_an_answer_is_not_called_too_long(load_samples: Load) -> None:
+    nothing, question = replace(sample(1), turns=()), replace(sample(2), turns=sample(2).turns[:1])
+    data = load_samples([sample(0), nothing, question])
+    assert [each.id for each in data.train.samples] == ["s0"]
+    assert all("max_length" not in each.reason for each in data.skipped)
+    assert [each.id for each in data.skipped] == ["s1", "s2"]
+
+
 def test_skipped_samples_with_the_same_id_are_listed_separately(load_samples: Load) -> None:
     first, second, good = sample(1), sample(1, "And now?"), sample(2)
     data = load_samples([first, second, good], {first.images[0]: "the file is empty"})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from llavactl import DataError, FeatureShape, ImageFile, StoreError, TransformersVision
+from llavactl import DataError, FeatureShape, ImageFile, PluginError, StoreError, TransformersVision
 from llavactl.features import (
     FeatureStore,
     Fingerprint,
@@ -232,7 +232,7 @@ class OverflowingBackbone:
 
 def test_live_features_that_overflow_float16_are_refused(images: list[ImageFile]) -> None:
     live = LiveFeatures(OverflowingBackbone(), Fingerprint({}))
-    with pytest.raises(DataError, match="not finite in float16"):
+    with pytest.raises(PluginError, match="not finite in float16"):
         live.load(images[0])
 
 

@@ -35,6 +35,8 @@ def ending(how):
         "error": DataError("no such data", hint="add data"),
         "usage": click.UsageError("wrong arguments"),
         "exit": SystemExit(0),
+        "interrupt": KeyboardInterrupt,
+        "close": GeneratorExit,
     }[how]
 
 @click.command()
@@ -68,6 +70,8 @@ def file(tmp_path: Path) -> str:
         ("error", 1, ["error: no such data", "hint: add data"]),
         ("usage", 2, ["error: wrong arguments"]),
         ("exit", 1, ["plugin ending"]),
+        ("interrupt", 1, ["error: command ending of plugin ending: ending (", "KeyboardInterrupt"]),
+        ("close", 1, ["error: command ending of plugin ending: ending (", "GeneratorExit"]),
     ],
 )
 def test_a_command_ends(file: str, how: str, status: int, shown: list[str]) -> None:

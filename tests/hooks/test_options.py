@@ -100,6 +100,21 @@ def test_a_broken_options_model_is_a_problem(watch: Any, target: str) -> None:
     assert problem.startswith("recipe.yaml:7: plugins.watch: plugin watch: plugin_options")
 
 
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit(0)", "GeneratorExit"])
+def test_an_exit_that_the_hook_or_its_target_raises_is_a_problem(watch: Any, error: str) -> None:
+    watch.install("watch", CODE.replace('return "watch', f'raise {error}\n    return "watch'))
+    (problem,) = problems(watch)
+    assert "plugin watch: plugin_options (watch_plugin/__init__.py:" in problem
+    watch.install("watch", CODE, options__py=f"raise {error}")
+    (problem,) = problems(watch)
+    assert f"watch_plugin/options.py:1: {error.partition('(')[0]}" in problem
+
+
+def test_a_signal_while_the_options_are_imported_is_no_fault_of_the_plugin(watch: Any) -> None:
+    watch.install("watch", CODE, options__py="import signal; signal.raise_signal(signal.SIGINT)")
+    watch.run("recipes", "check", code=130)
+
+
 def test_observers_receive_options_and_recipe(watch: Any) -> None:
     program = """
 from llavactl import load_recipe

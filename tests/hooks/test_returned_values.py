@@ -235,6 +235,13 @@ def test_an_encoder_without_finite_features_is_an_error(toy: Path) -> None:
     check_line(again, "vision", file, "encode")
 
 
+def test_live_features_that_are_not_finite_name_the_encoder(toy: Path) -> None:
+    code = NOT_FINITE.replace("SELECTED", ":")
+    file = plugin_file(toy, "no_live_features", ("vision", "broken", "Broken"), code=f"{HEAD}{code}")
+    result = run_cli("--plugin", file.name, *shlex.split(f"{TRAIN} -o vision=broken"), cwd=toy)
+    assert "photo-0" in check_line(result, "vision", file, "encode")
+
+
 def test_single_images_without_finite_features_are_skipped(toy: Path) -> None:
     code = NOT_FINITE.replace("SELECTED", "pixels[:, 0, 0, 0] > 300")
     file = plugin_file(toy, "few_features", ("vision", "broken", "Broken"), code=f"{HEAD}{code}")

@@ -272,6 +272,23 @@ def test_an_exception_in_a_worker_process_keeps_its_line(folder: Path, monkeypat
     )
 
 
+def test_a_command_whose_body_never_runs_is_refused(tmp_path: Path) -> None:
+    code = "\ndef run():  # here\n    yield 1\n\ncommand = click.Command('broken', callback=run)\n"
+    file = plugin_file(tmp_path, "lazy_command", ("commands", "broken", "command"), code=code)
+    result = run_cli("--plugin", file.name, "broken", cwd=tmp_path)
+    assert "generator" in check_line(result, "commands", file, f"{file.stem}:command")
+
+
+def test_an_export_without_files_is_refused(folder: Path) -> None:
+    toy_model(folder / "model")
+    code = FORMAT.replace("# here", "").replace('(to / "missing" / "file").read_text()', "pass")
+    code = code.replace("def write(self, model, to):", "def write(self, model, to):  # here")
+    file = plugin_file(folder, "writes_nothing", ("formats", "broken", "Broken"), code=code)
+    result = run_cli("--plugin", file.name, *shlex.split(CASES["formats"][-1]), cwd=folder)
+    check_line(result, "formats", file, "write")
+    assert not (folder / "out").exists()
+
+
 def test_a_registration_that_exits_is_one_line(tmp_path: Path) -> None:
     code = "import sys\nfrom llavactl import hookimpl\n@hookimpl\ndef register_tasks(register):\n    sys.exit(3)\n"
     (tmp_path / "exits.py").write_text(code, encoding="utf-8")

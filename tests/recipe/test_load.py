@@ -396,3 +396,38 @@ def test_loading_a_file_does_not_depend_on_the_working_directory(here: Path, mon
     monkeypatch.chdir(here / "other")
     assert load_recipe(here / "recipe.yaml") == before
     assert os.environ.get("LLAVACTL_HOME")
+
+
+class TestNames:
+    """A component may be given by its name: ``x`` is ``{name: x}``."""
+
+    def test_a_name_is_a_component_without_options(self) -> None:
+        small("eval: {tasks: [scenes]}\n")
+        named = load_recipe(None, ["connector=linear", "stage1.evaluate_every={steps: 5, tasks: [scenes]}"])
+        mapped = load_recipe(
+            None,
+            [
+                "connector={name: linear}",
+                "eval.tasks=[{name: scenes}]",
+                "stage1.evaluate_every={steps: 5, tasks: [{name: scenes}]}",
+            ],
+        )
+        assert named == mapped
+        assert dump(named) == dump(mapped)
+
+    @pytest.mark.parametrize(
+        ("override", "key"),
+        [
+            ("vision=nope", "vision.name"),
+            ("language=nope", "language.name"),
+            ("data.stage1=[nope]", "data.stage1.0.name"),
+            ("export=[nope]", "export.0.format"),
+            ("connector=3", "connector"),
+            ("vision=clip", "vision.model"),
+        ],
+    )
+    def test_problems_have_the_key_of_the_component(self, override: str, key: str) -> None:
+        small()
+        found = check(None, [override])
+        assert key in [each.key for each in found]
+        assert {each.where for each in found} == {f"-o {override}"}

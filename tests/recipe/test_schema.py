@@ -15,7 +15,12 @@ from llavactl.recipe.specs import Spec
 
 
 def choices(spec: str) -> dict[str, Any]:
-    return {each["title"]: each for each in schema()["$defs"][spec]["oneOf"]}
+    return {each["title"]: each for each in schema()["$defs"][spec]["oneOf"] if "enum" not in each}
+
+
+def names(spec: str) -> list[str]:
+    """The components that a recipe may give by their name only."""
+    return [name for each in schema()["$defs"][spec]["oneOf"] for name in each.get("enum", ())]
 
 
 def test_the_schema_has_every_key_of_the_frame() -> None:
@@ -46,6 +51,12 @@ def test_every_kind_lists_the_registered_components(spec: type[Spec]) -> None:
     for name in registry().names(spec.kind):
         assert components[name]["properties"]["name"] == {"const": name}
         assert spec.frame_keys() <= set(components[name]["properties"])
+
+
+def test_components_without_required_options_are_valid_as_names() -> None:
+    assert {"linear", "mlp2x-gelu"} <= set(names("ConnectorSpec"))
+    assert "clip" not in names("VisionSpec")
+    assert names("Export") == []
 
 
 def test_options_of_a_component() -> None:

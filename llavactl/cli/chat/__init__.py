@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from click.core import ParameterSource
 
 from llavactl.cli import completion, output
+from llavactl.cli.chat.browser import chat_in_browser
+from llavactl.cli.chat.maps import print_maps
 from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
-from llavactl.core.errors import LlavactlError
 
 if TYPE_CHECKING:
     from llavactl.chat.conversation import Conversation
+    from llavactl.chat.loading import Dtype
     from llavactl.core.schema import ImageRef
     from llavactl.model.generate import Sampling
+    from llavactl.model.quantized import Bits
 
 log = logging.getLogger(__name__)
-
-_WEB = "web"
-"""The command of the plugin llavactl-web."""
-
-_OF_WEB = ("source", "overrides", "model", "template")
-"""Options that ``--web`` passes on."""
 
 
 @click.command(
@@ -103,6 +98,28 @@ _OF_WEB = ("source", "overrides", "model", "template")
     type=click.Path(file_okay=False, path_type=Path),
     help="Save each code block of the answers to its own file in DIR.",
 )
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Show which parts of the image the words of each answer depend on; takes several times as long.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Load the weights in this dtype.  [default: that of training]",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["4", "8"]),
+    metavar="BITS",
+    help="Load the language model's linear layers in 4 or 8 bits (bitsandbytes).",
+)
+@click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Compile decoding, with CUDA graphs on a GPU; the first answer waits for the compiler.",
+)
 @click.option("--web", "web", is_flag=True, help="Chat in the browser instead (plugin llavactl-web).")
 @json_option
 @click.pass_context
@@ -118,6 +135,10 @@ def command(
     template: str | None,
     system: str | None,
     save_code: Path | None,
+    explain: bool,
+    dtype: Dtype | None,
+    quantize: Literal["4", "8"] | None,
+    compiled: bool,
     web: bool,
     as_json: bool,
     **sampling: float | None,
@@ -128,10 +149,12 @@ def command(
     the last finished stage.
     """
     if web:
-        _chat_in_browser(context)
+        chat_in_browser(context)
         return
     if batch is not None and (prompt is not None or images):
         raise click.UsageError("--batch can't be combined with --prompt or --image")
+    if batch is not None and (explain or compiled):
+        raise click.UsageError("--batch can't be combined with --explain or --compile")
     if as_json and batch is None and prompt is None:
         raise click.UsageError("--json requires --prompt or --batch")
     from llavactl.cli.chat import line_input
@@ -150,7 +173,8 @@ def command(
     changed(GREEDY, given)
     opened = [open_image(name) for name in images]
     records = [] if batch is None else read_batch(batch)
-    conversation = chat.open_chat(recipe, model, template)
+    bits: Bits | None = {"4": 4, "8": 8}[quantize] if quantize else None  # type: ignore[assignment]
+    conversation = chat.open_chat(recipe, model, template, dtype=dtype, quantize=bits, compiled=compiled)
     conversation.system = system or ""
     chosen = changed(conversation.assistant.sampling, given)
     if batch is not None:
@@ -158,13 +182,17 @@ def command(
         _print_batch(answers, as_json)
         _save(save_code, *(str(answer["answer"]) for answer in answers))
     elif prompt is None:
-        _converse(conversation, opened, chosen, save_code)
+        _converse(conversation, opened, chosen, save_code, explain=explain)
     elif as_json:
         report = chat.answer_prompt(conversation, prompt, opened, chosen)
-        output.document(replace(report, images=images))
+        maps = {"explanation": chat.explanation(conversation)} if explain else {}
+        output.document({**asdict(replace(report, images=images)), **maps})
         _save(save_code, report.answer)
     else:
-        _save(save_code, _stream(conversation, prompt, opened, chosen))
+        answer = _stream(conversation, prompt, opened, chosen)
+        if explain:
+            print_maps(conversation)
+        _save(save_code, answer)
 
 
 def _print_batch(answers: list[dict[str, Any]], as_json: bool) -> None:
@@ -193,11 +221,14 @@ def _save(folder: Path | None, *answers: str) -> None:
 
 
 def _converse(
-    conversation: Conversation, images: Sequence[ImageRef], sampling: Sampling, save_code: Path | None
+    conversation: Conversation,
+    images: Sequence[ImageRef],
+    sampling: Sampling,
+    save_code: Path | None,
+    *,
+    explain: bool,
 ) -> None:
     """Answers questions from stdin until its end or /quit."""
-    from dataclasses import asdict
-
     from llavactl.chat.conversation import Conversation
     from llavactl.cli.chat.line_input import reader
     from llavactl.cli.chat.repl import Repl, described
@@ -211,41 +242,10 @@ def _converse(
         lambda system, turns=(): Conversation(assistant, system, turns),
         sampling,
         save_code=save_code,
+        explain=explain,
         is_edited=is_edited,
     )
     repl.pending = [conversation.open_image(image) for image in images]
     shown = [f"image {described(conversation, image)}" for image in repl.pending]
     log.info("%s", "; ".join([f"model {assistant.name}", *shown, "/help for commands"]))
     repl.run(read)
-
-
-def _chat_in_browser(context: click.Context) -> None:
-    """Invokes the command ``web`` with the options of ``_OF_WEB``.
-
-    Raises:
-        LlavactlError: no plugin has this command.
-    """
-    given = [
-        option.opts[-1]
-        for option in context.command.params
-        if option.name in context.params
-        and option.name not in (*_OF_WEB, _WEB)
-        and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
-    ]
-    if given:
-        raise click.UsageError(f"--web can't be combined with {given[0]}; `llavactl web --help` lists its options")
-    root = context.find_root()
-    web = root.command.get_command(root, _WEB) if isinstance(root.command, click.Group) else None
-    if web is None:
-        raise LlavactlError(
-            "chatting in the browser needs the plugin llavactl-web",
-            hint=f"run `{sys.executable} -m pip install llavactl-web`",
-        )
-    arguments = []
-    for option in context.command.params:
-        if option.name in _OF_WEB:
-            value = context.params[option.name]
-            for each in value if isinstance(value, tuple) else [value] * (value is not None):
-                arguments += [option.opts[0], each]
-    with web.make_context(_WEB, arguments, parent=root) as inner:
-        web.invoke(inner)

@@ -14,6 +14,7 @@ import click
 from llavactl.cli import boundary
 from llavactl.cli.chat import arguments
 from llavactl.cli.chat.answers import no_echo, print_answer
+from llavactl.cli.chat.maps import print_maps
 from llavactl.cli.chat.saved_code import save_code_of
 from llavactl.cli.chat.slash_commands import COMMANDS, QuitError, parse
 from llavactl.core import stopping
@@ -40,6 +41,7 @@ class Repl:
         sampling: Sampling,
         *,
         save_code: Path | None = None,
+        explain: bool = False,
         is_edited: bool = False,
     ) -> None:
         self.conversation, self.new, self.sampling = conversation, new, sampling
@@ -47,7 +49,7 @@ class Repl:
         """Whether a question can be put into the prompt."""
         self.pending: list[ImageRef] = []
         self.to_edit = ""
-        self._save_code = save_code
+        self._save_code, self._explain = save_code, explain
         self._answers = 0
         self._last: Sampling | None = None
         """The settings of the last answer, without the seed, if it is complete."""
@@ -149,6 +151,8 @@ class Repl:
         finally:
             if len(self.conversation.turns) > turns:
                 self.pending = []
+        if self._explain and any(turn.images for turn in self.conversation.turns):
+            print_maps(self.conversation)
         if self._save_code is not None:
             save_code_of(stream.text, self._save_code)
 
@@ -173,9 +177,9 @@ class Repl:
 
 def described(conversation: Conversation, image: ImageRef) -> str:
     """``image`` with its size in pixels and tokens."""
-    from llavactl.images.decode import decode, read
+    from llavactl.images.decode import read, size
 
-    width, height = decode(read(image)).size
+    width, height = size(read(image))
     return f"{image.name} ({width} × {height} pixels, {conversation.assistant.encoding.image_tokens:,} tokens)"
 
 

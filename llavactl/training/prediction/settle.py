@@ -65,7 +65,7 @@ def choice_on(recipe: Recipe, stage: TrainingStage, shape: FeatureShape, data: S
     predictor = longest.with_data(data, 0)
     prediction, fits = choose(predictor, recipe, target)
     if not fits:
-        message = f"stage {number}: predicted to need {gigabytes(prediction.device_bytes)} of device memory"
+        message = f"stage{number}: predicted to need {gigabytes(prediction.device_bytes)} of device memory"
         if prediction.device_bytes > target.memory_bytes:
             options = [" ".join(each.options) for each in alternatives(predictor, recipe, target)]
             launch = "; `--devices N` is for --dry-run, `torchrun --nproc-per-node N` for training"

@@ -132,7 +132,11 @@ def init(
         stages={stage: replace(each, memory=plan.stages[stage].settings) for stage, each in facts.stages.items()},
     )
     text = recipe_text(facts)
-    warnings = [*_checked(text, facts, device_memory, devices), *_uncertain(facts, recognized, vision, language)]
+    known_to_fit = plan.fits is True
+    warnings = [
+        *_checked(text, facts, device_memory, devices, known_to_fit=known_to_fit),
+        *_uncertain(facts, recognized, vision, language),
+    ]
     schema_file = file.parent / SCHEMA_FILE if json_schema else None
     if not dry_run:
         if schema_file is not None:
@@ -262,8 +266,10 @@ def _origin(key: str) -> str:
     return next((_OPTIONS[each] for each in parents if each in _OPTIONS), f"{key} of the new recipe")
 
 
-def _checked(text: str, facts: RecipeFacts, device_memory: int | None, devices: int | None) -> list[str]:
-    """The warnings of ``recipes check``.
+def _checked(
+    text: str, facts: RecipeFacts, device_memory: int | None, devices: int | None, *, known_to_fit: bool
+) -> list[str]:
+    """The warnings of ``recipes check``: none about memory if all stages are ``known_to_fit``.
 
     Raises:
         RecipeError: it would find problems.
@@ -272,7 +278,7 @@ def _checked(text: str, facts: RecipeFacts, device_memory: int | None, devices: 
         if found := problems(location):
             moved = dict.fromkeys(Problem(_origin(each.key), "", each.why) for each in found)
             raise RecipeError.from_problems(list(moved), hint="nothing was written; change these options")
-        return check_memory(location, (), device_memory, devices).warnings
+        return [] if known_to_fit else check_memory(location, (), device_memory, devices).warnings
 
 
 def _uncertain(

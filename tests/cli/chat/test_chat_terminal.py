@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import sys
@@ -161,9 +160,9 @@ def test_answers_are_plain_without_color(folder: Path, variables: dict[str, str]
 def test_a_dumb_terminal_reads_lines(folder: Path) -> None:
     (folder / "answer.md").write_text("done", encoding="utf-8")
     terminal = start(folder, TERM="dumb")
-    after(terminal, b"hello\n", "done")
-    os.write(terminal.master, b"\x03")
-    after(terminal, b"again\n", "done")
+    after(terminal, b"hello\n", r"done\s+> $")
+    after(terminal, b"\x03", r"> $")
+    after(terminal, b"again\n", r"done\s+> $")
     terminal.press(b"\x04")
     assert terminal.exit_code() == 0
     assert "\x1b" not in terminal.raw.decode()

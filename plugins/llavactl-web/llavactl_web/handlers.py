@@ -1,0 +1,276 @@
+"""What the page does: each method handles one event of a tab and returns updates by the name of a component."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import html
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from llavactl import LlavactlError
+
+from . import images, rendering
+from .gallery import PER_PAGE, Gallery
+from .sessions import Session, Sessions, load_turns
+from .store import Outcome
+
+Updates = dict[str, Any]
+SETTINGS = ("system", "temperature", "top_p", "seed", "max_new_tokens")
+
+
+class Handlers:
+    """The handlers of all tabs; each finds its session by the id of the tab."""
+
+    def __init__(self, sessions: Sessions, gallery: Gallery | None) -> None:
+        self.sessions, self.setup, self.gallery = sessions, sessions.setup, gallery
+
+    # Answers
+
+    def ask(self, request: gr.Request, message: Mapping[str, Any], *settings: Any) -> Iterator[Updates]:
+        session, text = self._session(request), (message["text"] or "").strip()
+        files = [str(file) for file in message["files"] or ()]
+        if not text and not files:
+            return
+        try:
+            encoded = _encoded(files)
+        except LlavactlError as error:
+            _warn(error)
+            return
+        asked = rendering.question(text, [images.thumbnail_of(each) for each in encoded])
+        yield from self._answered(
+            session, settings, lambda sampling: session.ask(text, encoded, sampling), asked, {"message": message}
+        )
+
+    def retry(self, request: gr.Request, *settings: Any) -> Iterator[Updates]:
+        session = self._session(request)
+        if session.last_question is not None:
+            yield from self._answered(session, settings, session.retry, "", {})
+
+    def _answered(
+        self,
+        session: Session,
+        settings: Sequence[Any],
+        start: Callable[[Mapping[str, Any]], Generator[list[str]]],
+        asked: str,
+        after_error: Updates,
+    ) -> Iterator[Updates]:
+        """Streams the answers that ``start`` begins; ``asked`` is the new question as HTML."""
+        with session.lock:
+            session.stop.clear()
+            options = dict(zip(SETTINGS, settings, strict=True))
+            session.set_system(str(options.pop("system") or "").strip())
+            cleared: Updates = {"message": None} if asked else {}
+            yield self._view(session, asked=asked, busy=True) | cleared
+            outcome: Updates = {}
+            try:
+                with contextlib.closing(start(_sampling(options))) as answers:
+                    for texts in answers:
+                        yield {
+                            f"live{side}": rendering.answer(text, session.names[side], finished=False)
+                            for side, text in enumerate(texts)
+                        }
+            except LlavactlError as error:
+                _warn(error)
+                outcome = after_error
+            finally:  # also if the tab was closed
+                _saved(session)
+            result = self._view(session) | outcome
+        yield result
+
+    def stop(self, request: gr.Request) -> None:
+        self._session(request).stop.set()
+
+    def closed(self, request: gr.Request) -> None:
+        self.sessions.end(str(request.session_hash))
+
+    # Conversations
+
+    def load(self, request: gr.Request) -> Updates:
+        """A new tab, or a reload: the address names the conversation."""
+        session = self._session(request)
+        if stored := request.query_params.get("c"):
+            with session.lock, contextlib.suppress(LlavactlError):
+                session.open(stored)
+        return self._view(session)
+
+    def new(self, request: gr.Request) -> Updates:
+        with self._changing(request) as session:
+            session.start()
+            return self._view(session) | {"message": None}
+
+    def open(self, request: gr.Request, id: str) -> Updates:  # noqa: A002
+        with self._changing(request) as session:
+            session.open(id)
+            return self._view(session)
+
+    def undo(self, request: gr.Request) -> Updates:
+        with self._changing(request) as session:
+            session.undo()
+            _saved(session)
+            return self._view(session)
+
+    def edit(self, request: gr.Request) -> Updates:
+        """Removes the last question and puts it back into the input."""
+        with self._changing(request) as session:
+            text, refs = session.undo()
+            _saved(session)
+            return self._view(session) | {"message": {"text": text, "files": [_file(ref.read()) for ref in refs]}}
+
+    def rename(self, request: gr.Request, title: str) -> Updates:
+        with self._changing(request) as session:
+            session.rename(title or "")
+            return self._view(session)
+
+    def delete(self, request: gr.Request) -> Updates:
+        with self._changing(request) as session:
+            if session.id:
+                self.setup.conversations.delete(session.id)
+            session.start()
+            return self._view(session)
+
+    def upload(self, request: gr.Request, file: str) -> Updates:
+        """A conversation file of this page or of ``/save`` in the terminal."""
+        with self._changing(request) as session, tempfile.NamedTemporaryFile("w", suffix=".json") as checked:
+            text = Path(file).read_text(encoding="utf-8", errors="replace")
+            setup = self.setup
+            checked.write(images.with_images_embedded(text, allow_urls=setup.allow_urls, allow_files=setup.allow_files))
+            checked.flush()
+            session.start([load_turns(setup, Path(checked.name))])
+            question = session.last_question
+            session.title = " ".join(question.text.split()) if question else "Loaded"
+            _saved(session)
+            return self._view(session)
+
+    # Input
+
+    def add_image(self, _request: gr.Request, file: str | None, message: Mapping[str, Any] | None) -> Updates:
+        """Adds an image of the camera to the question."""
+        return {} if file is None else {"message": _with_file(message, file), "webcam": None}
+
+    def add_url(self, _request: gr.Request, url: str, message: Mapping[str, Any] | None) -> Updates:
+        try:
+            data = images.image_at(url, allow_urls=self.setup.allow_urls)
+            images.checked(data)
+        except LlavactlError as error:
+            _warn(error)
+            return {}
+        return {"message": _with_file(message, _file(data)), "url": ""}
+
+    # Comparison and gallery
+
+    def vote(self, outcome: Outcome, request: gr.Request) -> Updates:
+        with self._changing(request) as session:
+            session.vote(outcome)
+            return self._view(session)
+
+    def gallery_page(self, task: str | None, show: str | None, page: float | None) -> Updates:
+        if self.gallery is None or not task:
+            return {"cases": "<p>No evaluation has finished.</p>"}
+        try:
+            rows = self.gallery.rows(task, show if show in ("right", "wrong") else "all")  # type: ignore[arg-type]
+        except LlavactlError as error:
+            _warn(error)
+            return {"cases": ""}
+        pages = max(1, -(-len(rows) // PER_PAGE))
+        number = min(max(1, int(page or 1)), pages)
+        shown = rows[(number - 1) * PER_PAGE : number * PER_PAGE]
+        summary = f"<p>{len(rows)} questions, page {number} of {pages}</p>"
+        return {"cases": summary + rendering.cases(shown), "page": number}
+
+    # State
+
+    def _session(self, request: gr.Request) -> Session:
+        return self.sessions.of(str(request.session_hash))
+
+    @contextlib.contextmanager
+    def _changing(self, request: gr.Request) -> Iterator[Session]:
+        """The session, after its running answer has ended; errors are shown, and nothing is updated."""
+        session = self._session(request)
+        session.stop.set()
+        with session.lock:
+            try:
+                yield session
+            except (LlavactlError, OSError) as error:
+                raise gr.Error(_text(error), print_exception=False) from error
+
+    def _view(self, session: Session, *, asked: str = "", busy: bool = False) -> Updates:
+        """Everything that depends on the conversation."""
+        updates: Updates = {}
+        for side, (chat, name) in enumerate(zip(session.chats, session.names, strict=True)):
+            live = f'<div class="answer"><div class="name">{html.escape(name)}</div>…</div>' if busy else ""
+            turns = [*chat.turns]
+            if busy and not asked and turns[-1:] and turns[-1].role == "assistant":
+                turns.pop()
+            updates |= {f"history{side}": rendering.conversation(turns, name) + asked, f"live{side}": live}
+        updates |= {name: gr.update(interactive=not busy) for name in ("retry", "edit", "undo")}
+        updates["stop"] = gr.update(interactive=busy)
+        updates["current"] = session.id
+        updates["title"] = session.title
+        updates["export"] = _export_links(session)
+        updates["list"] = gr.update(choices=self._choices(), value=session.id or None)
+        if not busy:
+            updates["system"] = session.system
+        if len(session.chats) > 1:
+            updates["votes"] = gr.update(visible=not busy and not session.voted)
+            updates["wins"] = rendering.wins_table(self.setup.votes.wins())
+        return updates
+
+    def _choices(self) -> list[tuple[str, str]]:
+        return [(entry.title, entry.id) for entry in self.setup.conversations.entries()]
+
+
+def _export_links(session: Session) -> str:
+    if not session.id:
+        return ""
+    sides = zip("ab", ("Export", "Export of B"), strict=False) if len(session.chats) > 1 else [("a", "Export")]
+    links = (f'<a href="conversations/{session.id}/{side}.json" download>{label}</a>' for side, label in sides)
+    return " · ".join(links)
+
+
+def _sampling(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the page as those of ``Chat.ask``; empty fields have the model's values."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in {"seed", "max_new_tokens"} & given.keys():
+        given[name] = int(given[name])
+    return given
+
+
+def _encoded(files: Sequence[str]) -> list[str]:
+    if len(files) > images.MAX_IMAGES:
+        raise LlavactlError(f"{len(files)} images, more than {images.MAX_IMAGES} per question")
+    return [images.checked(Path(file).read_bytes()) for file in files]
+
+
+def _with_file(message: Mapping[str, Any] | None, file: str) -> dict[str, Any]:
+    message = message or {}
+    return {"text": message.get("text") or "", "files": [*(message.get("files") or ()), file]}
+
+
+def _file(data: bytes) -> str:
+    """A file with the image ``data`` among the uploaded ones."""
+    folder = Path(tempfile.gettempdir()) / "images"
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.{images.suffix(data)}"
+    file.write_bytes(data)
+    return str(file)
+
+
+def _saved(session: Session) -> None:
+    try:
+        session.save()
+    except OSError as error:
+        _warn(LlavactlError(f"the conversation was not stored: {error.strerror or error}"))
+
+
+def _warn(error: LlavactlError) -> None:
+    gr.Warning(_text(error))
+
+
+def _text(error: LlavactlError | OSError) -> str:
+    """``error`` for gradio's messages, which are HTML."""
+    return html.escape(error.with_hint() if isinstance(error, LlavactlError) else str(error))
