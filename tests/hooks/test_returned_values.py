@@ -127,6 +127,13 @@ RETURNED = [
     Returned("connectors", "build", "None", ("None", "nn.Module"), CONNECT),
     Returned("connectors", "tokens", "0", ("0", "1 or more"), CONNECT),
     Returned("optimizers", "build", "None", ("None", "Optimizer"), f"{TRAIN} -o stage1.optimizer=broken"),
+    Returned(
+        "optimizers",
+        "build",
+        "torch.optim.SGD([group['params'][0] for group in groups], lr=0.1)",
+        ("other parameter groups",),
+        f"{TRAIN} -o stage1.optimizer=broken",
+    ),
     Returned("optimizers", "selects", "1", ("1", "bool"), f"{TRAIN} -o stage1.optimizer=broken"),
     Returned(
         "sources", "__iter__", "iter(['text'])", ("'text'", "Sample"), "data check -o 'data.stage1=[{name: broken}]'"
@@ -163,7 +170,7 @@ def hostile(folder: Path, number: int, case: Returned) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("number", "case"), enumerate(RETURNED), ids=[f"{each.kind}-{each.method}-{each.body:.20}" for each in RETURNED]
+    ("number", "case"), [*enumerate(RETURNED)], ids=[f"{each.kind}-{each.method}-{each.body:.20}" for each in RETURNED]
 )
 def test_a_wrong_value_is_one_line(toy: Path, number: int, case: Returned) -> None:
     (toy / "answers.jsonl").write_text('{"question_id": "q", "text": "a"}\n', encoding="utf-8")

@@ -185,6 +185,16 @@ def _fraction_fault(value: Any, step: int, steps: int) -> str:
     return f"returned {value!r} at step {step} of {steps} after the warm-up, expected a finite number of at least 0"
 
 
+def _groups_fault(optimizer: Any, groups: Sequence[Mapping[str, Any]]) -> str:
+    """llavactl sets the learning rate of each group, and knows its weights by the groups it gave."""
+    own = optimizer.param_groups
+    same = len(own) == len(groups) and all(
+        set(given) <= set(group) and [*map(id, given["params"])] == [*map(id, group["params"])]
+        for given, group in zip(groups, own, strict=True)
+    )
+    return "" if same else "returned an optimizer with other parameter groups than it was given"
+
+
 def _reviewed(reviews: Sequence[Mapping[str, str]]) -> Iterator[str]:
     return (name for run in reviews for name in run)
 
@@ -195,6 +205,7 @@ _RULES: Mapping[tuple[str, str], Callable[..., str]] = {
     ("templates", "render"): _segments_fault,
     ("templates", "stop"): lambda value, _tokenizer: "returned an empty string" if "" in value else "",
     ("schedules", "fraction"): _fraction_fault,
+    ("optimizers", "build"): _groups_fault,
     ("connectors", "tokens"): lambda value, _shape: "" if value >= 1 else f"returned {value!r}, expected 1 or more",
     ("tasks", "questions"): lambda value: next(question_faults(value), ""),
     ("tasks", "score"): lambda value, answers, _protocol: next(score_faults(value, answers), ""),
