@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavactl.core.errors import StoreError
+from llavactl.features.finite import non_finite_features
 from llavactl.features.manifest import ShardEntry, read_fingerprint, read_manifest
 from llavactl.features.shards import DamagedShardError, Shard, checksum
 from llavactl.features.store import FeatureStore
@@ -75,9 +76,9 @@ def _shard_fault(folder: Path, entry: ShardEntry) -> ShardFault | None:
             reason = f"expected {entry.bytes} bytes, got {size}"
         elif checksum(path) != entry.sha256:
             reason = "checksum mismatch"
-        elif (fingerprint := Shard.open(path).fingerprint.id) != folder.name:
+        elif (fingerprint := (shard := Shard.open(path)).fingerprint.id) != folder.name:
             reason = f"expected fingerprint {folder.name}, got {fingerprint}"
-        else:
+        elif not (reason := non_finite_features(shard)):
             return None
     except FileNotFoundError as error:
         reason = error.strerror or str(error)

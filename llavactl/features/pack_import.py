@@ -23,6 +23,10 @@ from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
 from llavactl.images.known import remember_keys, root_id
 
+_DAMAGED_SHARD = (
+    "copy the pack again; if this doesn't help, run `llavactl cache verify` and export it where it was made"
+)
+
 
 @dataclass(frozen=True)
 class ImportedStore:
@@ -160,7 +164,7 @@ def _merge(store: PackedStore, advance: Callable[[int], object]) -> None:
             try:
                 writer.add_shard(path, plan.entry, plan.rows, conditions, advance)
             except DamagedShardError as error:
-                raise damaged_file(path, "checksum mismatch") from error
+                raise StoreError(error.message, hint=_DAMAGED_SHARD) from error
         here = FeatureStore.open(store.fingerprint)
         for key, reason in manifest.skipped.items():
             if key not in here and key not in here.skipped:

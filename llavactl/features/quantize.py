@@ -14,7 +14,7 @@ LEVELS = 127
 """Symmetric: -128 is not used."""
 
 _CHUNK_TOKENS = 128
-_FLOAT16_MAX = 65504.0
+FLOAT16_MAX = 65504.0
 _ROUNDS_TO_INFINITY = 65520.0
 
 
@@ -30,7 +30,7 @@ def quantize(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     normalized = values / token_scales[:, None]
     channel_scales = _zeros_to_ones(np.abs(normalized).max(axis=0)) / np.float32(LEVELS)
     integers = np.rint(normalized / channel_scales)
-    if np.abs(values).max(initial=0) > _FLOAT16_MAX * LEVELS / (LEVELS + 1):
+    if np.abs(values).max(initial=0) > FLOAT16_MAX * LEVELS / (LEVELS + 1):
         # Rounded up, the largest float16 values would dequantize to infinity.
         overflow = np.abs(integers * token_scales[:, None] * channel_scales) >= _ROUNDS_TO_INFINITY
         integers -= np.sign(integers) * overflow

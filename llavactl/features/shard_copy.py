@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llavactl.features.finite import non_finite_features
 from llavactl.features.manifest import ShardEntry
 from llavactl.features.shards import COPY_BYTES, PartialShard, Shard, checksum, damaged_error, open_error
 
@@ -22,15 +23,19 @@ def copy_shard(source: Path, entry: ShardEntry, target: Path, rows: np.ndarray |
     the entry of the copy. An incomplete ``target`` is removed.
 
     Raises:
-        DamagedShardError: ``source`` differs from ``entry``, or is not a shard.
+        DamagedShardError: ``source`` differs from ``entry``, is not a shard, or has features that are not finite.
         StoreError: ``source`` can't be read.
         OSError: ``target`` can't be written.
     """
     try:
         if rows is None:
-            return _copy_bytes(source, entry, target, advance)
-        _check(source, entry, _read_checksum(source))
-        return _copy_rows(Shard.open(source), target, rows, advance)
+            copied = _copy_bytes(source, entry, target, advance)
+        else:
+            _check(source, entry, _read_checksum(source))
+            copied = _copy_rows(Shard.open(source), target, rows, advance)
+        if reason := non_finite_features(Shard.open(target)):
+            raise damaged_error(source, reason)
+        return copied
     except BaseException:
         target.unlink(missing_ok=True)
         raise

@@ -36,10 +36,10 @@ def test_an_unknown_name_lists_the_available_ones() -> None:
     entries.add(entry("llava-json"))
     with pytest.raises(RecipeError, match="source 'llava_json'") as caught:
         entries.get("sources", "llava_json")
-    assert caught.value.hint == "did you mean 'llava-json'? available: llava-json"
+    assert caught.value.hint.startswith("did you mean 'llava-json'? available: llava-json; ")
     with pytest.raises(RecipeError, match="vision backbone 'x'") as caught:
         entries.get("vision", "x")
-    assert caught.value.hint == ""
+    assert "llava-json" not in caught.value.hint
 
 
 def test_names_are_exact() -> None:

@@ -22,6 +22,7 @@ from llavactl import StoreError
 from llavactl.features import FeatureStore, StoreWriter, stage_fingerprint
 from llavactl.features.manifest import read_manifest
 from llavactl.features.pack import IMAGES, PACK, README, UNFINISHED, read_pack
+from llavactl.features.shards import checksum
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli
@@ -104,6 +105,19 @@ def with_small_files(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]
 def edit(pack: Path, **changes: Any) -> None:
     document = json.loads((pack / PACK).read_text())
     (pack / PACK).write_text(json.dumps({**document, **changes}))
+
+
+def relist(shard: Path) -> None:
+    """Makes the size and the checksum of a changed ``shard`` of a pack valid."""
+    manifest = read_manifest(shard.parent)
+    assert manifest
+    entries = [replace(each, sha256=checksum(shard.parent / each.file)) for each in manifest.shards]
+    replace(manifest, shards=tuple(entries)).write(shard.parent)
+    pack = shard.parent.parent
+    files = json.loads((pack / PACK).read_text())["files"]
+    for name in files:
+        files[name] |= {"sha256": checksum(pack / name), "bytes": (pack / name).stat().st_size}
+    edit(pack, files=files)
 
 
 def test_training_where_the_images_are_not_gives_the_same_weights(
@@ -403,6 +417,29 @@ class TestRefusedImport:
         assert not list((tmp_path / "other-home").rglob("*.partial"))
         ok("cache", "import", str(pack), cwd=elsewhere)
 
+    @pytest.mark.parametrize("new_images", [12, 1])
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_features_that_are_not_finite(
+        self, pack: Path, elsewhere: Path, value: float, new_images: int, tmp_path: Path
+    ) -> None:
+        path = self.shard(pack)
+        with h5py.File(path, "r+") as shard:
+            if new_images == 1:  # the others are stored already, so only rows of the shard are copied
+                features, keys = shard["features"][:-1], [key.decode() for key in shard["keys"][:-1]]
+                manifest = read_manifest(path.parent)
+                assert manifest
+                store = read_pack(pack).stores[0]
+            shard["features"][-1, 1, 2] = value
+            key = shard["keys"][-1].decode()
+        relist(path)
+        if new_images == 1:
+            with StoreWriter(store.fingerprint, manifest.shape, 10) as writer:
+                writer.append(keys, features)
+        message = self.refused(pack, elsewhere)
+        assert "shard-00001.h5" in message
+        assert key in message
+        assert not list((tmp_path / "other-home").rglob("*.partial"))
+
     def test_damaged_names(self, pack: Path, elsewhere: Path) -> None:
         text = (pack / IMAGES).read_text()
         (pack / IMAGES).write_text(text.replace("photo-000", "photo-900"))
@@ -660,6 +697,30 @@ def test_shown_samples_whose_features_are_gone_are_left_out(pack: Path, elsewher
     assert left_out("-o", "vision.layer=-3")
     shutil.rmtree(tmp_path / "other-home/cache/features")
     assert left_out()
+
+
+def test_captioned_images_that_are_known_but_have_no_features_are_left_out(pack: Path, elsewhere: Path) -> None:
+    """The source keeps them, as it can't ask a store; training lists them with a reason."""
+    records = json.loads((elsewhere / "records.json").read_text())
+    captioned = [{"id": each["id"], "image": each["image"], "captions": ["A photo."]} for each in records]
+    (elsewhere / "captions.json").write_text(json.dumps(captioned))
+    sources = "data.stage1=[{name: caps-boxes, path: captions.json, images: images}]"
+    ok("cache", "import", str(pack), cwd=elsewhere)
+    (store,) = (Path(entry["path"]) for entry in ok("cache", "info", cwd=elsewhere)["stores"])
+    manifest = read_manifest(store)
+    assert manifest
+    gone = manifest.shards[1]
+    with h5py.File(store / gone.file) as shard:
+        lost = {key.decode() for key in shard["keys"]}
+    manifest.without({gone.file}).write(store)
+    (store / gone.file).unlink()
+    names = {each["image"]: each["key"] for each in map(json.loads, (pack / IMAGES).read_text().splitlines())}
+    trained = ok("train", "--stage", "1", "-o", sources, cwd=elsewhere)
+    left_out = [json.loads(line) for line in (elsewhere / "runs/toy/stage1/left_out.jsonl").read_text().splitlines()]
+    assert {record["id"] for record in records if names[record["image"]] in lost} == {each["id"] for each in left_out}
+    assert all(each["reason"] for each in left_out)
+    assert (trained["samples"], trained["skipped_samples"]) == (12 - len(lost), len(lost))
+    assert len(lost) == 5
 
 
 def test_a_folder_that_is_not_on_this_machine_is_logged(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llavactl import StoreError
-from llavactl.features import FeatureStore, comparison, stage_fingerprint
+from llavactl.features import FeatureStore, comparison, recompute, stage_fingerprint
 from llavactl.features import conditions as conditions_module
 from llavactl.features.manifest import RECOMPUTED, Manifest, ShardEntry, read_manifest, read_recomputed
 from llavactl.features.shards import checksum
@@ -106,6 +106,39 @@ def test_a_small_difference_is_rounding_only_if_the_conditions_differ(
     assert result.differences[0].image.startswith("photo-")
     assert result.differences[0].values == 4 * 32
     assert run_cli("cache", "verify", "--recompute", "12").exit_code == (0 if changes else 1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize(("input_error", "verdict"), [("tf32", "rounding"), ("one gray level", "different")])
+def test_one_gray_level_is_not_rounding_in_float32(
+    recipe: Load, monkeypatch: pytest.MonkeyPatch, dtype: str, input_error: str, verdict: str
+) -> None:
+    loaded = recipe("features.compute=float32", f"features.dtype={dtype}")
+    extract(loaded)
+    edit_conditions(folder_of(loaded), device_name="X")
+    load = recompute.load_encoder
+
+    def load_changed(*arguments: Any) -> Any:
+        encoder = load(*arguments)
+
+        def changed(image: Any) -> np.ndarray:
+            if input_error == "tf32":  # its mantissa has 10 bits, as that of float16
+                return encoder.preprocess(image).astype(np.float16).astype(np.float32)
+            return encoder.preprocess(image.point(lambda value: value + 1 if value < 255 else 254))
+
+        return replace(encoder, preprocess=changed)
+
+    monkeypatch.setattr(recompute, "load_encoder", load_changed)
+    (result,) = verify(recompute=12).recomputed
+    assert result.verdict == verdict
+
+
+def test_bounds_grow_with_the_rounding_of_the_types() -> None:
+    bounds = comparison.ROUNDING
+    for dtype in ("float16", "int8"):
+        assert bounds["float32", dtype] <= bounds["float16", dtype] <= bounds["bfloat16", dtype]
+    for compute in ("float32", "float16", "bfloat16"):
+        assert bounds[compute, "float16"] <= bounds[compute, "int8"]
 
 
 def test_a_large_difference_is_never_rounding(recipe: Load) -> None:

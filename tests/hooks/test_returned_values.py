@@ -153,6 +153,13 @@ RETURNED = [
         ("Bare", "super().__init__("),
         f"{TRAIN} -o stage1.optimizer=broken",
     ),
+    Returned(
+        "optimizers",
+        "build",
+        "torch.optim.SGD([group['params'][0] for group in groups], lr=0.1)",
+        ("other parameter groups",),
+        f"{TRAIN} -o stage1.optimizer=broken",
+    ),
     Returned("optimizers", "selects", "1", ("1", "bool"), f"{TRAIN} -o stage1.optimizer=broken"),
     Returned(
         "sources", "__iter__", "iter(['text'])", ("'text'", "Sample"), "data check -o 'data.stage1=[{name: broken}]'"
@@ -190,7 +197,7 @@ def hostile(folder: Path, number: int, case: Returned) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("number", "case"), enumerate(RETURNED), ids=[f"{each.kind}-{each.method}-{each.body:.20}" for each in RETURNED]
+    ("number", "case"), [*enumerate(RETURNED)], ids=[f"{each.kind}-{each.method}-{each.body:.20}" for each in RETURNED]
 )
 def test_a_wrong_value_is_one_line(toy: Path, number: int, case: Returned, recwarn: pytest.WarningsRecorder) -> None:
     (toy / "answers.jsonl").write_text('{"question_id": "q", "text": "a"}\n', encoding="utf-8")
@@ -219,6 +226,16 @@ def test_every_method_of_every_kind_has_a_rule(kind: str) -> None:
     for method, protocol in methods(kind).items():
         nothing = getattr(protocol, method).__annotations__["return"] == "None"
         assert bool(returned_fault(kind, method, object())) is not nothing
+
+
+@pytest.mark.parametrize("keys", ["('params',)", "('params', 'weight_decay')"])
+def test_an_optimizer_needs_only_the_keys_of_its_groups_that_it_uses(toy: Path, keys: str) -> None:
+    build = f"torch.optim.SGD([{{key: group[key] for key in {keys}}} for group in groups], lr=0.1)"
+    case = Returned("optimizers", "build", build, (), f"{TRAIN} -o stage1.optimizer=broken")
+    file = hostile(toy, len(RETURNED) + len(keys), case)
+    result = run_cli("--plugin", file.name, *shlex.split(case.command), cwd=toy)
+    assert result.exit_code == 0, result.stderr
+    assert run_cli("plugins", "check", file.name, "--json", cwd=toy).json()["checks"][-1]["ok"]
 
 
 SEQUENTIAL = """

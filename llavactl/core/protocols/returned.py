@@ -189,16 +189,21 @@ def _module_fault(module: Any, *_: Any, **__: Any) -> str:
     return ""
 
 
-def _optimizer_fault(optimizer: Any, *_: Any, **__: Any) -> str:
-    if hasattr(optimizer, "param_groups"):
-        return ""
-    return f"returned a {type(optimizer).__name__} whose `__init__` doesn't call `super().__init__(groups, {{…}})`"
-
-
 def _fraction_fault(value: Any, step: int, steps: int) -> str:
     if 0 <= value < math.inf:
         return ""
     return f"returned {value!r} at step {step} of {steps} after the warm-up, expected a finite number of at least 0"
+
+
+def _groups_fault(optimizer: Any, groups: Sequence[Mapping[str, Any]]) -> str:
+    """llavactl sets the learning rate of each group, and knows its weights by the groups it gave."""
+    own = getattr(optimizer, "param_groups", None)
+    if own is None:
+        return f"returned a {type(optimizer).__name__} whose `__init__` doesn't call `super().__init__(groups, {{…}})`"
+    same = len(own) == len(groups) and all(
+        [*map(id, given["params"])] == [*map(id, group["params"])] for given, group in zip(groups, own, strict=True)
+    )
+    return "" if same else "returned an optimizer with other parameter groups than it was given"
 
 
 def _reviewed(reviews: Sequence[Mapping[str, str]]) -> Iterator[str]:
@@ -215,7 +220,7 @@ _RULES: Mapping[tuple[str, str], Callable[..., str]] = {
     ("languages", "load"): _module_fault,
     ("languages", "load_quantized"): _module_fault,
     ("languages", "skeleton"): _module_fault,
-    ("optimizers", "build"): _optimizer_fault,
+    ("optimizers", "build"): _groups_fault,
     ("connectors", "tokens"): lambda value, _shape: "" if value >= 1 else f"returned {value!r}, expected 1 or more",
     ("tasks", "questions"): lambda value: next(question_faults(value), ""),
     ("tasks", "score"): lambda value, answers, _protocol: next(score_faults(value, answers), ""),

@@ -62,6 +62,9 @@ class Stated(BaseModel):
     """What is known to differ in the program, as sentences; no bound depends on them."""
     resampled: bool = False
     """Whether the program resamples the images of the prompts in its own way."""
+    own_padding: bool = False
+    """Whether the program pads images that aren't square as in training, but resizes them in its own way: what this
+    changes is then reported without a bound. A user can prepare the images."""
     tokens: list[int | None] | None = None
     """For each embedding of an image, the index of the model's token that it is, null for one that the model doesn't
     have; absent: all of them, in order. If it is given, logits are compared at text only."""

@@ -124,7 +124,10 @@ def close_bounds(stated: Stated) -> dict[str, Bound] | None:
     bounds = {name: bound for name, bound in EXACT.items() if name not in ("embedding_error", "answers")}
     if stated.resampled:
         del bounds["pixels"]
-    bounds["unprepared_cosine"] = Bound(at_least=UNPREPARED)
+    if stated.own_padding:
+        del bounds["unprepared_cosine"]
+    else:
+        bounds["unprepared_cosine"] = Bound(at_least=UNPREPARED)
     if cosines:
         bounds["embedding_cosine"] = Bound(at_least=min(cosines))
     bounds["logits"] = Bound(at_most=max(logits))

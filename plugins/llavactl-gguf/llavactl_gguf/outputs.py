@@ -179,6 +179,7 @@ def stated(folder: Path, model: Path, mmproj: Path) -> dict[str, Any]:
     settings = metadata(mmproj)
     rounded = {GELU, _matrix_type(mmproj)} - {"f32"} | {_matrix_type(model)} - {*EXACT[record["precision"]]}
     statement = {"known_differences": record["limitations"], "rounding": min(rounded, key=PRECISION.index)}
+    statement["own_padding"] = settings["llavactl.vision.image"] == "pad"
     if settings.get("llavactl.vision.class_token") == "last":
         tokens = (settings["clip.vision.image_size"] // settings["clip.vision.patch_size"]) ** 2
         statement["tokens"] = [*range(1, tokens), None]

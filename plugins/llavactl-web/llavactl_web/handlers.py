@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import html
+import logging
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from . import images, rendering
 from .gallery import PER_PAGE, Gallery
 from .sessions import Session, Sessions, load_turns
 from .store import Outcome
+
+log = logging.getLogger(__name__)
 
 Updates = dict[str, Any]
 SETTINGS = ("system", "temperature", "top_p", "seed", "max_new_tokens")
@@ -74,8 +77,8 @@ class Handlers:
                             f"live{side}": rendering.answer(text, session.names[side], finished=False)
                             for side, text in enumerate(texts)
                         }
-            except LlavactlError as error:
-                _warn(error)
+            except Exception as error:  # noqa: BLE001 - such as a lack of memory: the page must take the next question
+                _warn(_reported(error))
                 outcome = after_error
             finally:  # also if the tab was closed
                 _saved(session)
@@ -269,6 +272,14 @@ def _saved(session: Session) -> None:
 
 def _warn(error: LlavactlError) -> None:
     gr.Warning(_text(error))
+
+
+def _reported(error: Exception) -> LlavactlError:
+    """``error`` for the page; one that isn't a user's has its traceback in the log."""
+    if isinstance(error, LlavactlError):
+        return error
+    log.error("an answer failed", exc_info=error)
+    return LlavactlError(f"{type(error).__name__}: {error}")
 
 
 def _text(error: LlavactlError | OSError) -> str:

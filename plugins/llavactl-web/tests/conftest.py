@@ -1,5 +1,6 @@
 """A toy model whose answers a test writes, a server with it in a thread, and a real browser."""
 
+import json
 import os
 import shutil
 import threading
@@ -72,6 +73,31 @@ def setup(model: Assistant, tmp_path: Path) -> Callable[..., Any]:
         return Setup(models, store, Votes(tmp_path / "web" / "votes.jsonl"), **options)
 
     return make
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, photos: Sequence[Path]) -> Path:
+    """A run with an evaluation of POPE: one right and one wrong answer."""
+    labels = {1: "yes", 2: "no"}
+    rows = [
+        {"question_id": n, "image": photos[n].name, "text": f"Question {n}?", "category": "random", "label": label}
+        for n, label in labels.items()
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    answers = tmp_path / "run" / "eval" / "answers" / "pope-1.jsonl"
+    answers.parent.mkdir(parents=True)
+    answers.write_text("".join(json.dumps({"id": f"{n}", "text": "Yes <b>!</b>"}) + "\n" for n in labels))
+    result = {"task": "pope", "protocol": "llava", "answers": str(answers)}
+    (answers.parent.parent / "pope.json").write_text(json.dumps(result))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def gallery(run_dir: Path, photos: Sequence[Path]) -> Any:
+    from llavactl_web.gallery import Gallery
+
+    spec = {"questions": str(run_dir.parent / "questions.jsonl"), "images": str(photos[0].parent)}
+    return Gallery(run_dir, [{"name": "pope", **spec}, {"name": "scienceqa"}])
 
 
 @pytest.fixture

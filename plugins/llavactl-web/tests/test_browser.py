@@ -202,6 +202,7 @@ def test_conversations_are_stored_listed_renamed_exported_loaded_and_deleted(
     tab.ask("Second?")
     tab.page.close()
     tab = open_tab(serve(setup())[0])  # another server: a restart
+    tab.wait("document.querySelectorAll('#conversations label').length == 2")
     listed = tab.page.locator("#conversations label")
     assert listed.all_inner_texts() == ["Second?", "First?"]
     listed.nth(1).click()
@@ -268,4 +269,26 @@ def test_images_by_paste_drop_and_camera(
     tab.wait("document.querySelectorAll('#message img').length == 3")
     tab.ask("Three?")
     assert tab.page.locator("#history0 .question img").count() == 3
+    assert (tab.left, tab.errors) == ([], [])
+
+
+def test_an_answer_that_fails_leaves_the_page_usable(open_tab: Any, serve: Any, setup: Any, script: Script) -> None:
+    tab = open_tab(serve(setup())[0])
+    script["broken?"] = None  # type: ignore[assignment]
+    tab.ask("broken?", wait=False)
+    tab.page.get_by_text("ValueError", exact=False).or_(tab.page.get_by_text("TypeError", exact=False)).first.wait_for()
+    tab.ready()
+    assert tab.page.input_value("#message textarea") == "broken?"
+    tab.ask("works?")
+    assert (tab.answers(), tab.questions()) == (["works?"], ["works?"])
+
+
+def test_evaluations(open_tab: Any, serve: Any, setup: Any, gallery: Any) -> None:
+    tab = open_tab(serve(setup(), gallery)[0])
+    tab.page.get_by_role("tab", name="Evaluation").click()
+    tab.wait("document.querySelectorAll('#cases .case').length == 2")
+    tab.page.locator("#show").get_by_text("wrong").click()
+    tab.wait("document.querySelectorAll('#cases .case').length == 1")
+    assert "Yes <b>!</b>" in tab.page.locator("#cases .wrong").inner_text()
+    assert tab.page.locator("#cases img").count() == 1
     assert (tab.left, tab.errors) == ([], [])

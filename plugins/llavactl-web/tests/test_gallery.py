@@ -1,7 +1,5 @@
 """The answers of evaluations, joined with their questions."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,29 +7,6 @@ from llavactl_web import rendering
 from llavactl_web.gallery import Gallery
 
 from llavactl import DataError
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, photos: Sequence[Path]) -> Path:
-    """A run with an evaluation of POPE: one right and one wrong answer."""
-    labels = {1: "yes", 2: "no"}
-    rows = [
-        {"question_id": n, "image": photos[n].name, "text": f"Question {n}?", "category": "random", "label": label}
-        for n, label in labels.items()
-    ]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    answers = tmp_path / "run" / "eval" / "answers" / "pope-1.jsonl"
-    answers.parent.mkdir(parents=True)
-    answers.write_text("".join(json.dumps({"id": f"{n}", "text": "Yes <b>!</b>"}) + "\n" for n in labels))
-    result = {"task": "pope", "protocol": "llava", "answers": str(answers)}
-    (answers.parent.parent / "pope.json").write_text(json.dumps(result))
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def gallery(run_dir: Path, photos: Sequence[Path]) -> Gallery:
-    spec = {"questions": str(run_dir.parent / "questions.jsonl"), "images": str(photos[0].parent)}
-    return Gallery(run_dir, [{"name": "pope", **spec}, {"name": "scienceqa"}])
 
 
 def test_answers_are_filtered_by_whether_they_are_right(gallery: Gallery) -> None:

@@ -90,6 +90,13 @@ def test_unchanged_images_have_their_own_bound() -> None:
     assert verdict(unprepared_cosine=Figure(UNPREPARED + 1e-3)) == "different"
 
 
+def test_a_program_that_pads_as_in_training_may_resize_in_its_own_way() -> None:
+    stated = Stated(rounding="f16", own_padding=True)
+    assert verdict(stated, unprepared_cosine=Figure(0.5)) == "close"
+    assert verdict(stated, unprepared_cosine=Figure(0.5), embedding_cosine=Figure(0.9)) == "different"
+    assert verdict(Stated(own_padding=True), unprepared_cosine=Figure(0.5)) == "different"
+
+
 def test_weights_rounded_to_a_type_without_bounds_are_not_close() -> None:
     assert verdict(Stated(rounding="q2_k", resampled=True), logits=Figure(0.01)) == "different"
 
@@ -159,4 +166,4 @@ def test_the_reference_states_the_figures_and_bounds() -> None:
     for stated, (cosine, logits) in {**rows, "`resampled`": RESAMPLED}.items():
         assert f"| {stated} | {cosine:g} | {logits:g} |" in page
     assert f"| `tokens` | | {OTHER_TOKENS:g} |" in page
-    assert f"| `unprepared_cosine` | 1 - 1e-6 | {UNPREPARED:g} |" in page
+    assert f"| `unprepared_cosine` | 1 - 1e-6 | {UNPREPARED:g}; none with `own_padding` |" in page
