@@ -19,7 +19,7 @@ _MODULES = {
     "Batcher": "llavactl.chat.batching",
     "Box": "llavactl.core.schema",
     "BudgetedTeacher": "llavactl.core.protocols",
-    "Chat": "llavactl.api",
+    "Chat": "llavactl.chat.chat",
     "Checkable": "llavactl.core.protocols",
     "CheckableFormat": "llavactl.core.protocols",
     "ClosableTeacher": "llavactl.core.protocols",

@@ -1,6 +1,5 @@
 """The public names; ``python docs/generate.py`` writes this file."""
 
-from llavactl.api import Chat as Chat
 from llavactl.api import check as check
 from llavactl.api import evaluate as evaluate
 from llavactl.api import export as export
@@ -14,6 +13,7 @@ from llavactl.api import train as train
 from llavactl.chat.assistant import Assistant as Assistant
 from llavactl.chat.batching import Batcher as Batcher
 from llavactl.chat.batching import Finish as Finish
+from llavactl.chat.chat import Chat as Chat
 from llavactl.cli.help import Command as Command
 from llavactl.components.formats.native import SavedModel as SavedModel
 from llavactl.components.formats.native import open_model as open_model

@@ -16,25 +16,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
-from typing_extensions import Unpack
-
-from llavactl.core.errors import RecipeError
+from llavactl.core.errors import unexpected
 from llavactl.core.progress import Progress, reporting_to
 
 if TYPE_CHECKING:
-    import PIL.Image
-
     from llavactl.chat.assistant import Assistant
-    from llavactl.chat.conversation import AnswerStream
-    from llavactl.chat.explain import Explanation
     from llavactl.chat.loading import Dtype
-    from llavactl.chat.sampling import SamplingOptions
     from llavactl.core.errors import Problem
-    from llavactl.core.schema import ImageRef, Turn
     from llavactl.evaluation.results import EvalReport
-    from llavactl.model.generate import Sampling
     from llavactl.model.quantized import Bits
     from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
     from llavactl.training.report import TrainReport
@@ -42,8 +33,6 @@ if TYPE_CHECKING:
     from llavactl.verbs.extract import ExtractReport
     from llavactl.verbs.generate import GenerateReport
     from llavactl.verbs.run import RunReport
-
-    Image: TypeAlias = "str | Path | PIL.Image.Image"
 
 Overrides = Mapping[str, Any] | Sequence[str]
 """Recipe keys to override: ``{"stage1.epochs": 2}``, or ``["stage1.epochs=2"]`` as with ``-o``."""
@@ -256,122 +245,16 @@ def load_chat_model(
     return open_chat(recipe, name, template, dtype=dtype, quantize=quantize).assistant
 
 
-class Chat:
-    """A conversation with a model about images; the key/value cache of earlier turns is reused.
-
-    A ``Chat`` is not thread-safe. Several may share a model, each in its own thread.
-    """
-
-    def __init__(self, model: Assistant, *, system: str | None = None, turns: Sequence[Turn] = ()) -> None:
-        """``model`` is returned by ``load_model``; ``system`` replaces the template's system prompt.
-
-        ``turns`` continues an earlier conversation (``Chat.turns``).
-        """
-        from llavactl.chat.assistant import Assistant
-        from llavactl.chat.conversation import Conversation
-
-        if not isinstance(model, Assistant):
-            raise _unexpected("model", "the return value of load_model", model)
-        self._conversation = Conversation(model, system, turns)
-
-    @property
-    def turns(self) -> Sequence[Turn]:
-        """The turns so far, including the system prompt."""
-        return tuple(self._conversation.turns)
-
-    def ask(
-        self,
-        prompt: str,
-        image: Image | Sequence[Image] = (),
-        *,
-        images: Image | Sequence[Image] = (),
-        **sampling: Unpack[SamplingOptions],
-    ) -> AnswerStream:
-        """The answer to ``prompt``, an iterator of pieces of text; ``str()`` or ``.text`` is the complete answer.
-
-        It is generated while it is iterated over. ``image`` or ``images`` are a file, a URL, a base64 string or a PIL
-        image, or several of them, and precede the prompt unless it contains ``<image>`` tags. ``sampling`` is any of
-        ``max_new_tokens``, ``temperature``, ``top_p`` and ``seed``; ``temperature`` 0 means greedy decoding. The
-        defaults are those of the model's generation config.
-
-        If generation fails, the turn is removed. If the iterator is closed, the partial answer is kept.
-
-        Raises:
-            DataError: an image can't be read.
-            RecipeError: an argument has an invalid type or value.
-        """
-        from llavactl.chat.inputs import user_content
-
-        if not isinstance(prompt, str):
-            raise _unexpected("prompt", "a string", prompt)
-        options = self._sampling(sampling)
-        opened = [self._open(each) for given in (image, images) for each in _each_image(given)]
-        return self._conversation.ask(*user_content(prompt, opened), sampling=options)
-
-    def retry(self, **sampling: Unpack[SamplingOptions]) -> AnswerStream:
-        """Answers the last question again, as ``ask`` does; greedy decoding gives the same answer.
-
-        Raises:
-            LlavactlError: there is no question.
-        """
-        return self._conversation.retry(self._sampling(sampling))
-
-    def undo(self) -> bool:
-        """Removes the last question and its answer; False if there was none."""
-        return bool(self._conversation.undo())
-
-    def explain(self) -> Explanation:
-        """The maps of the last answer: which parts of the images its words depend on.
-
-        Raises:
-            DataError: there is no image, or no answer.
-        """
-        from llavactl.chat.explain import explain_last
-
-        return explain_last(self._conversation)
-
-    def save(self, file: str | Path) -> None:
-        """Writes the turns to ``file`` as JSON, for ``Chat.load`` and the commands' ``/load``."""
-        from llavactl.chat.transcript import save_turns
-
-        save_turns(Path(file), self.turns, self._conversation.assistant.name)
-
-    @classmethod
-    def load(cls, model: Assistant, file: str | Path) -> Chat:
-        """The conversation in ``file``, continued with ``model``.
-
-        Raises:
-            DataError: ``file`` isn't a conversation, or one of its images can't be read.
-        """
-        from llavactl.chat.transcript import load_turns
-
-        return cls(model, turns=load_turns(Path(file)))
-
-    def _open(self, image: Image) -> ImageRef:
-        from llavactl.images.references import image_in_memory
-
-        return self._conversation.open_image(image if isinstance(image, str | Path) else image_in_memory(image))
-
-    def _sampling(self, options: SamplingOptions) -> Sampling:
-        from llavactl.chat.sampling import changed
-
-        return changed(self._conversation.assistant.sampling, options)
-
-
-def _each_image(images: Any) -> Sequence[Any]:
-    return images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
-
-
 def _source(source: str | Path | None) -> str | Path | None:
     if source is not None and not isinstance(source, str | Path):
-        raise _unexpected("source", "the name or file of a recipe", source)
+        raise unexpected("source", "the name or file of a recipe", source)
     return source
 
 
 def _overrides(overrides: Overrides) -> Sequence[str]:
     """``overrides`` as ``key=value`` strings; values are JSON, which is valid YAML."""
     if isinstance(overrides, str):
-        raise _unexpected("overrides", "a mapping of keys, or a list of `key.path=value` strings", overrides)
+        raise unexpected("overrides", "a mapping of keys, or a list of `key.path=value` strings", overrides)
     if not isinstance(overrides, Mapping):
         return overrides
     return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
@@ -381,14 +264,9 @@ def _require_recipe(recipe: object, sections: Literal["Outline", "VisionRecipe",
     from llavactl.recipe import frame
 
     if not isinstance(recipe, getattr(frame, sections)):
-        raise _unexpected("recipe", "the return value of load_recipe", recipe)
+        raise unexpected("recipe", "the return value of load_recipe", recipe)
 
 
 def _require_choice(argument: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
-        raise _unexpected(argument, " or ".join(map(repr, choices)), value)
-
-
-def _unexpected(argument: str, expected: str, value: object) -> RecipeError:
-    shown = value if isinstance(value, str | Path | int | float | None) else type(value)
-    return RecipeError(f"{argument}: expected {expected}, got {shown!r:.80}")
+        raise unexpected(argument, " or ".join(map(repr, choices)), value)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self
 
 from llavactl.core.typed import Typed
@@ -82,6 +83,12 @@ class RecipeError(LlavactlError):
     def from_problems(cls, problems: Sequence[Problem], *, hint: str = "") -> RecipeError:
         """One error for all ``problems``; its message has one line per problem."""
         return cls("\n".join(map(str, problems)), hint=hint, problems=problems)
+
+
+def unexpected(argument: str, expected: str, value: object) -> RecipeError:
+    """The error that ``argument`` of a function has the ``value``, instead of what is ``expected``."""
+    shown = value if isinstance(value, str | Path | int | float | None) else type(value)
+    return RecipeError(f"{argument}: expected {expected}, got {shown!r:.80}")
 
 
 class DataError(LlavactlError):
