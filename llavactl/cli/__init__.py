@@ -81,7 +81,7 @@ def _invoke(arguments: Sequence[str]) -> int:
             return 1
         click.echo("; ".join(["interrupted", *getattr(interrupt, "__notes__", ())]), err=True)
         return stopping.exit_code()
-    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - the error boundary
+    except BaseException as error:  # noqa: BLE001 - the error boundary
         if isinstance(error, SystemExit) and boundary.raised_in(error, "click"):  # click exits on a closed pipe
             return int(error.code or 0)
         boundary.report(error)

@@ -153,7 +153,7 @@ def report_usage(error: click.ClickException) -> None:
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is not None:
         click.echo(context.get_usage(), err=True)
-    text = error.format_message()
+    text = str(error.format_message())  # a plugin may raise it with anything
     message("error:", text[:1].lower() + text[1:].removesuffix("."), "bold red")
     if context is not None:
         message("hint:", f"`{context.command_path} --help` shows the options", "bold yellow")

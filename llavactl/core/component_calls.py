@@ -7,6 +7,7 @@ of a call in a traceback tells which component ran (``core.plugin_faults``).
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -51,6 +52,8 @@ class ComponentCall:
         if is_collection(kind, self.name) and isinstance(value, Iterator):
             value = list(value)
         if why := returned_fault(kind, self.name, value, *arguments, **keywords):
+            if inspect.iscoroutine(value):
+                value.close()  # otherwise Python warns that it was never awaited
             raise self.error(why)
         if is_lazy(kind, self.name):
             return self.items(value)

@@ -23,18 +23,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from llavactl.core.typed import Typed
 
 
 class LlavactlError(Exception):
-    """An error that the user can fix: ``message`` states what is wrong and where, ``hint`` what to do next."""
+    """An error that the user can fix: ``message`` states what is wrong and where, ``hint`` what to do next.
+
+    Raises:
+        TypeError: one of them is not a string.
+        ValueError: the message is blank.
+    """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
+        name = type(self).__name__
+        for what, text in (("message", message), ("hint", hint)):
+            if not isinstance(text, str):
+                raise TypeError(f"{name}.{what}: expected a string, got {text!r:.80}")
+        if not message.strip():
+            raise ValueError(f"{name} without a message")
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __new__(cls, *arguments: object, **_: object) -> Self:
+        """A subclass, such as a plugin's, may not call ``__init__``: its message is then that of any exception."""
+        error = super().__new__(cls, *arguments)
+        error.message, error.hint = str(error) or cls.__name__, ""
+        return error
 
     def with_hint(self) -> str:
         """The message and the hint in one text, such as for a list of problems."""
@@ -55,6 +72,8 @@ class Problem(Typed):
 
 class RecipeError(LlavactlError):
     """An invalid recipe, option or argument; ``problems`` lists all problems of a recipe."""
+
+    problems: tuple[Problem, ...] = ()
 
     def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
         super().__init__(message, hint=hint)

@@ -308,7 +308,9 @@ def _run_inherited(chunk: SampleTable) -> TokenLengths:
     assert _inherited is not None
     try:
         return _inherited(chunk)
-    except (Exception, SystemExit) as error:  # its traceback stays in this process
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # its traceback stays in this process
         if fault := plugin_error(error):
             raise fault from error
         raise

@@ -64,7 +64,9 @@ def _pixel_shape(encoder: Encoder) -> tuple[int, ...]:
 
     try:
         return np.shape(encoder.preprocess(Image.new("RGB", (64, 64))))
-    except (Exception, SystemExit, GeneratorExit):  # noqa: BLE001 - a backbone may refuse blank images
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - a backbone may refuse blank images
         return ()
 
 

@@ -55,7 +55,9 @@ def pixels_of(encoder: Encoder, data: bytes) -> np.ndarray | Failure:
         return encoder.preprocess(image)
     except MemoryError:
         return Failure(NO_MEMORY, permanent=True)
-    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - one image must not stop the run
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - one image must not stop the run
         # The same bytes would fail again with the same backbone.
         return Failure(f"preprocessing failed: {reason(error)}", permanent=True)
 

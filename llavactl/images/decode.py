@@ -53,7 +53,9 @@ def image_errors() -> Iterator[None]:
         raise
     except MemoryError as error:
         raise OSError(NO_MEMORY) from error
-    except (Exception, SystemExit, GeneratorExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 

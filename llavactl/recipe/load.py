@@ -210,6 +210,9 @@ def _resolve_component(cls: type[Component], component: dict[str, Any]) -> list[
         return []  # reported by the frame
     try:
         entry = registry().get(cls.kind, name)
+        if hidden := cls.hidden_options(entry.options_model()):
+            why = f"{entry.subject}: recipes use the key `{hidden[0]}` themselves; the plugin must rename this option"
+            return [((cls.named_by,), why)]
         own = {key: value for key, value in component.items() if key not in {cls.named_by, *cls.frame_keys()}}
         options = entry.parse(own)
     except LlavactlError as error:

@@ -33,6 +33,12 @@ class Component(BaseModel):
         """Keys that llavactl reads itself and doesn't pass to the component."""
         return set()
 
+    @classmethod
+    def hidden_options(cls, model: type[BaseModel]) -> list[str]:
+        """The options in ``model`` that a recipe can't set, because the recipe uses these keys itself."""
+        names = {field.alias or name for name, field in model.model_fields.items()}
+        return sorted(names & {cls.named_by, *cls.frame_keys()})
+
 
 class Spec(Component):
     """A component named by the key ``name``."""
@@ -165,3 +171,9 @@ class Export(Component):
     @classmethod
     def frame_keys(cls) -> set[str]:
         return {"to", "verify", "allow_different"}
+
+
+def hidden_options(kind: str, model: type[BaseModel]) -> list[str]:
+    """The options of a component of ``kind`` that a recipe can't set somewhere, see ``Component.hidden_options``."""
+    specs: list[type[Component]] = [*Spec.__subclasses__(), *TaskSpec.__subclasses__(), Export]
+    return sorted({name for spec in specs if spec.kind == kind for name in spec.hidden_options(model)})

@@ -29,6 +29,7 @@ from llavactl.core.protocols import KINDS
 from llavactl.core.registry import Registration, kind_label, registry
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.validation import explain
+from llavactl.recipe.specs import hidden_options
 from llavactl.testing.conformance import CHECKS
 from llavactl.testing.conformance.boundary import describe_exception
 from llavactl.testing.options_check import model_problems
@@ -145,6 +146,13 @@ def _plugin_options_problems(name: str) -> list[str]:
     return [*required, *model_problems(model)]
 
 
+def _options_problems(entry: Registration) -> list[str]:
+    model = entry.options_model()
+    if problems := model_problems(model):
+        return problems
+    return [f"{name}: recipes use this key themselves; rename it" for name in hidden_options(entry.kind, model)]
+
+
 def _required(model: type[BaseModel]) -> list[str]:
     return [name for name, field in model.model_fields.items() if field.is_required()]
 
@@ -188,7 +196,7 @@ def _entry_checks(entry: Registration, given: Mapping[str, Any], packages: Colle
     if entry.kind == "commands":
         yield outcome("command", lambda: _command_problems(entry))
         return
-    options = outcome("options", lambda: model_problems(entry.options_model()))
+    options = outcome("options", lambda: _options_problems(entry))
     yield options
     signature = outcome("signature", lambda: _signature_problems(entry))
     yield signature

@@ -43,7 +43,9 @@ def together(action: Callable[[], T]) -> list[T]:
     result: Any = None
     try:
         result = action()
-    except (Exception, SystemExit) as raised:  # a plugin may call sys.exit
+    except KeyboardInterrupt:
+        raise
+    except BaseException as raised:  # a plugin may raise anything
         if process_count() == 1:
             raise
         error = raised

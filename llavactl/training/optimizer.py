@@ -87,7 +87,12 @@ class Optimizer:
         return [by_size[thread::threads] for thread in range(threads)]
 
     def _algorithm(self, rule: UpdateRule, rates: Mapping[str, float], weight_decay: float) -> torch.optim.Optimizer:
-        return rule.build(self._groups(rates, weight_decay))
+        groups = self._groups(rates, weight_decay)
+        peaks = [group.pop("peak") for group in groups]
+        algorithm = rule.build(groups)
+        for group, peak in zip(algorithm.param_groups, peaks, strict=True):  # a rule keeps the keys that it needs
+            group["peak"] = peak
+        return algorithm
 
     def _groups(self, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups by learning rate; no weight decay for one-dimensional ones (norms, biases), as in LLaVA."""

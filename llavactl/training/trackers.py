@@ -136,6 +136,8 @@ def _dropped_on_error(active: dict[str, Any], name: str) -> Iterator[None]:
     try:
         with stdout_to_stderr():
             yield
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a service must not stop hours of training
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a service must not stop hours of training
         active.pop(name, None)
         log.warning("tracker %s failed and is no longer used (%s: %s)", name, type(error).__name__, error)

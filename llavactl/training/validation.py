@@ -86,7 +86,9 @@ def _failure_logged(run: Run, step: int, what: str = "evaluation") -> Iterator[N
     """Logs an error in this context, which all processes raise together, as a warning."""
     try:
         yield
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - plugins may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - plugins may raise anything
         if run.accelerator.is_main_process:
             log.warning("%s: the %s after step %d failed (%s)", run.folder.name, what, step, described(error))
 

@@ -152,7 +152,9 @@ def preview(
 
     try:
         together(prepare)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - in all processes; plugins may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - in all processes; plugins may raise anything
         log.warning("stage%d: no previews: %s", stage.number, described(error))
     return next(iter(previews), None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 
@@ -36,3 +37,22 @@ def test_problems_are_one_line_each() -> None:
     error = RecipeError.from_problems(problems)
     assert str(error).splitlines() == ["a.yaml:3: stage1.epochs: is odd", "a.yaml:1: empty"]
     assert error.problems == tuple(problems)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("message", "hint", "kind_of_fault"),
+    [(ValueError("x"), "", TypeError), (None, "", TypeError), ("x", 17, TypeError), (" \n", "", ValueError)],
+)
+def test_messages_and_hints_are_text(kind: type[LlavactlError], message: Any, hint: Any, kind_of_fault: Any) -> None:
+    """Those of plugins are printed as they are."""
+    with pytest.raises(kind_of_fault, match=kind.__name__):
+        kind(message, hint=hint)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("arguments", "message"), [(("x",), "x"), ((), "Odd"), ((ValueError("y"),), "y")])
+def test_a_subclass_without_a_call_of_init_has_a_message(kind: Any, arguments: Any, message: str) -> None:
+    odd = type("Odd", (kind,), {"__init__": lambda _self, *_arguments: None})(*arguments)
+    assert (odd.message, odd.hint, odd.with_hint()) == (message, "", message)
+    assert getattr(odd, "problems", ()) == ()

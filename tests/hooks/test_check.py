@@ -118,6 +118,8 @@ BROKEN: list[tuple[str, tuple[str, str], str, list[str]]] = [
      ["bias (", "no_schema.py:34"]),
     ("ignores_keys", ("class MeanOptions(Options):", "class MeanOptions(Options, extra='ignore'):"), "options",
      ["unknown keys"]),
+    ("hidden_option", ("bias: bool = Field(True", "name: str = Field('x', description='a name')\n"
+     "    bias: bool = Field(True"), "options", ["name:", "recipes"]),
     ("validator_raises", ("class MeanOptions(Options):", "class MeanOptions(Options):\n"
      "    @__import__('pydantic').field_validator('bias')\n    @classmethod\n    def check(cls, value):\n"
      "        raise KeyError(value)\n"), "options", ["check() failed", "validator_raises.py:37"]),

@@ -16,6 +16,7 @@ from .conftest import Site
 
 CODE = """
 import json, logging, sys
+from asyncio import CancelledError
 import click
 from llavactl import DataError, hookimpl, load_recipe, registry
 
@@ -34,9 +35,11 @@ def ending(how):
     raise {
         "error": DataError("no such data", hint="add data"),
         "usage": click.UsageError("wrong arguments"),
+        "no text": click.ClickException(ValueError("no such data")),
         "exit": SystemExit(0),
         "interrupt": KeyboardInterrupt,
         "close": GeneratorExit,
+        "cancel": CancelledError,
     }[how]
 
 @click.command()
@@ -72,6 +75,8 @@ def file(tmp_path: Path) -> str:
         ("exit", 1, ["plugin ending"]),
         ("interrupt", 1, ["error: command ending of plugin ending: ending (", "KeyboardInterrupt"]),
         ("close", 1, ["error: command ending of plugin ending: ending (", "GeneratorExit"]),
+        ("cancel", 1, ["error: command ending of plugin ending: ending (", "CancelledError"]),
+        ("no text", 1, ["error: no such data"]),
     ],
 )
 def test_a_command_ends(file: str, how: str, status: int, shown: list[str]) -> None:

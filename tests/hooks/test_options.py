@@ -100,7 +100,7 @@ def test_a_broken_options_model_is_a_problem(watch: Any, target: str) -> None:
     assert problem.startswith("recipe.yaml:7: plugins.watch: plugin watch: plugin_options")
 
 
-@pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit(0)", "GeneratorExit"])
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit(0)", "GeneratorExit", "BaseException"])
 def test_an_exit_that_the_hook_or_its_target_raises_is_a_problem(watch: Any, error: str) -> None:
     watch.install("watch", CODE.replace('return "watch', f'raise {error}\n    return "watch'))
     (problem,) = problems(watch)

@@ -94,7 +94,7 @@ REGISTERS = HEAD + "@hookimpl\ndef register_commands(register):\n    "
 
 
 @pytest.mark.parametrize("code", ["{raises}", REGISTERS + "{raises}"], ids=["import", "register"])
-@pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit(0)", "GeneratorExit"])
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit(0)", "GeneratorExit", "BaseException"])
 def test_an_exit_that_a_plugin_raises_is_its_fault(site: Any, code: str, error: str) -> None:
     site.install("rude", code.format(raises=f"raise {error}\n"))
     (line,) = lines(site.run("components").stderr)

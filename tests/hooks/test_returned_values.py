@@ -5,6 +5,7 @@ The conformance check of the kind names the same method.
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 from collections.abc import Mapping
@@ -101,6 +102,8 @@ CHECK = "data check -o 'data.stage1=[{name: broken}]'"
 TRAIN_DATA = f"{TRAIN} -o 'data.stage1=[{{name: broken}}]'"
 CONNECT = f"{TRAIN} -o 'connector={{name: broken}}'"
 QUESTION = "Question('q', (Turn('user', ('What?',)),))"
+BARE = "type('Bare', ({},), {{'__init__': lambda self: None}})()"
+"""An object whose class doesn't initialize its base."""
 
 RETURNED = [
     Returned("templates", "stop", "None", ("None", "tuple[str, ...]"), TEMPLATE),
@@ -109,6 +112,13 @@ RETURNED = [
     Returned("templates", "render", SLOTS, ("0 image slots for 1 images",), TEMPLATE),
     Returned("templates", "render", "['text']", ("list of str", "list[Segment]"), TEMPLATE),
     Returned("languages", "load", "None", ("None", "PreTrainedModel"), LANGUAGE),
+    Returned(
+        "languages",
+        "load",
+        BARE.format("__import__('transformers').PreTrainedModel"),
+        ("Bare", "super().__init__()"),
+        LANGUAGE,
+    ),
     Returned("languages", "tokenizer", "{}", ("dict", "PreTrainedTokenizerBase"), LANGUAGE),
     Returned("tasks", "score", "None", ("None", "Scores"), EVAL),
     Returned("tasks", "score", "{'accuracy': 1.0}", ("dict", "Scores"), EVAL),
@@ -119,14 +129,30 @@ RETURNED = [
     Returned("tasks", "questions", "[Question('q', (Turn('assistant', ('No.',)),))]", ("user turn",), EVAL),
     Returned("tasks", "questions", "None", ("None", "Question"), EVAL),
     Returned("teachers", "reply", "None", ("None", "str | Reply"), TEACHER),
+    Returned("teachers", "reply", "__import__('asyncio').sleep(0)", ("coroutine", "str | Reply"), TEACHER),
     Returned("schedules", "fraction", "-0.5", ("-0.5", "step 0 of 1"), SCHEDULE),
     Returned("schedules", "fraction", "'1'", ("'1'", "float"), SCHEDULE),
     Returned("vision", "identity", "{'a': float('nan')}", ("JSON",), EXTRACT),
     Returned("vision", "load", "None", ("None", "Encoder"), EXTRACT),
     Returned("vision", "load", "object()", ("no shape, preprocess, encode",), EXTRACT),
     Returned("connectors", "build", "None", ("None", "nn.Module"), CONNECT),
+    Returned("connectors", "build", BARE.format("torch.nn.Module"), ("Bare", "super().__init__()"), CONNECT),
+    Returned(
+        "connectors",
+        "build",
+        f"torch.nn.Sequential({BARE.format('torch.nn.Module')})",
+        ("Bare", "super().__init__()"),
+        CONNECT,
+    ),
     Returned("connectors", "tokens", "0", ("0", "1 or more"), CONNECT),
     Returned("optimizers", "build", "None", ("None", "Optimizer"), f"{TRAIN} -o stage1.optimizer=broken"),
+    Returned(
+        "optimizers",
+        "build",
+        BARE.format("torch.optim.SGD"),
+        ("Bare", "super().__init__("),
+        f"{TRAIN} -o stage1.optimizer=broken",
+    ),
     Returned(
         "optimizers",
         "build",
@@ -138,6 +164,7 @@ RETURNED = [
     Returned(
         "sources", "__iter__", "iter(['text'])", ("'text'", "Sample"), "data check -o 'data.stage1=[{name: broken}]'"
     ),
+    Returned("sources", "__iter__", "[]", ("list of nothing", "Iterator[Sample]"), TRAIN_DATA),
     Returned("sources", "__iter__", "iter([None])", ("None", "Sample"), TRAIN_DATA),
 ]
 
@@ -172,13 +199,15 @@ def hostile(folder: Path, number: int, case: Returned) -> Path:
 @pytest.mark.parametrize(
     ("number", "case"), [*enumerate(RETURNED)], ids=[f"{each.kind}-{each.method}-{each.body:.20}" for each in RETURNED]
 )
-def test_a_wrong_value_is_one_line(toy: Path, number: int, case: Returned) -> None:
+def test_a_wrong_value_is_one_line(toy: Path, number: int, case: Returned, recwarn: pytest.WarningsRecorder) -> None:
     (toy / "answers.jsonl").write_text('{"question_id": "q", "text": "a"}\n', encoding="utf-8")
     file = hostile(toy, number, case)
     result = run_cli("--plugin", file.name, *shlex.split(case.command), cwd=toy)
     assert "Traceback" not in result.stderr
     error = check_line(result, case.kind, file, case.method)
     assert all(word in error for word in case.words)
+    gc.collect()
+    assert [str(each.message) for each in recwarn if "never awaited" in str(each.message)] == []
 
 
 @pytest.mark.parametrize("kind", sorted({each.kind for each in RETURNED} - {"languages"}))
@@ -197,6 +226,18 @@ def test_every_method_of_every_kind_has_a_rule(kind: str) -> None:
     for method, protocol in methods(kind).items():
         nothing = getattr(protocol, method).__annotations__["return"] == "None"
         assert bool(returned_fault(kind, method, object())) is not nothing
+
+
+@pytest.mark.parametrize("keys", ["('params',)", "('params', 'weight_decay')"])
+def test_an_optimizer_needs_only_the_keys_of_its_groups_that_it_uses(toy: Path, keys: str) -> None:
+    build = f"torch.optim.SGD([{{key: group[key] for key in {keys}}} for group in groups], lr=0.1)"
+    case = Returned("optimizers", "build", build, (), f"{TRAIN} -o stage1.optimizer=broken")
+    file = hostile(toy, len(RETURNED) + len(keys), case)
+    result = run_cli("--plugin", file.name, *shlex.split(case.command), cwd=toy)
+    assert result.exit_code == 0, result.stderr
+    checks = run_cli("plugins", "check", file.name, "--json", cwd=toy).json()["checks"]
+    problems = [each["problem"] for each in checks if (each["name"], each["check"]) == ("broken", "conformance")]
+    assert problems == [""]
 
 
 SEQUENTIAL = """

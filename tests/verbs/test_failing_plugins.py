@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from asyncio import CancelledError
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,13 @@ RAISED = [
     RecursionError("deep"),
 ]
 RAISED += [ValueError("half \udcff"), AssertionError(), EOFError(), ExceptionGroup("some", [ValueError("a")])]
-RAISED += [GeneratorExit(), ImportError("no library"), OSError("io"), UnicodeDecodeError("utf8", b"x", 0, 1, "bad")]
+RAISED += [
+    GeneratorExit(),
+    CancelledError(),
+    ImportError("no library"),
+    OSError("io"),
+    UnicodeDecodeError("utf8", b"x", 0, 1, "bad"),
+]
 BAD = 4
 """Every fourth of twelve images fails, starting with the first."""
 

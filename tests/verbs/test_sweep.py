@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from asyncio import CancelledError
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from math import comb
@@ -324,6 +325,7 @@ def test_a_failing_variant_is_a_row_and_a_plugins_connector_a_variant(toy: Path,
     "error",
     [
         RuntimeError("broken kernel"),
+        CancelledError(),
         pytest.param(SystemExit(3), marks=pytest.mark.slow),
         pytest.param(MemoryError(), marks=pytest.mark.slow),
     ],

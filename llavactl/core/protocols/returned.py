@@ -53,7 +53,7 @@ def returned_fault(kind: str, method: str, value: Any, *arguments: Any, **keywor
     if _items(hint) is None:
         if not _predicate(kind, method)(value):
             return f"returned {_shown(value)}, expected {text}{_missing(value, hint)}"
-    elif not isinstance(value, Iterable) or isinstance(value, str | bytes):
+    elif not isinstance(value, Iterator if method == "__iter__" else Iterable) or isinstance(value, str | bytes):
         return f"returned {_shown(value)}, expected {text}"
     rule = _RULES.get((kind, method)) or _RULES.get(("", method))
     return rule(value, *arguments, **keywords) if rule else ""
@@ -179,6 +179,16 @@ def _segments_fault(segments: Sequence[Segment], turns: Sequence[Turn], *_: Any,
     return "" if slots == images else f"returned {slots} image slots for {images} images"
 
 
+def _module_fault(module: Any, *_: Any, **__: Any) -> str:
+    """A module, or one inside it, whose class doesn't initialize ``nn.Module``; torch fails later, in its own code."""
+    pending = [module]
+    for each in pending:
+        if not hasattr(each, "_modules"):
+            return f"returned a module with a {type(each).__name__} whose `__init__` doesn't call `super().__init__()`"
+        pending += [inner for inner in each._modules.values() if inner is not None]
+    return ""
+
+
 def _fraction_fault(value: Any, step: int, steps: int) -> str:
     if 0 <= value < math.inf:
         return ""
@@ -187,10 +197,11 @@ def _fraction_fault(value: Any, step: int, steps: int) -> str:
 
 def _groups_fault(optimizer: Any, groups: Sequence[Mapping[str, Any]]) -> str:
     """llavactl sets the learning rate of each group, and knows its weights by the groups it gave."""
-    own = optimizer.param_groups
+    own = getattr(optimizer, "param_groups", None)
+    if own is None:
+        return f"returned a {type(optimizer).__name__} whose `__init__` doesn't call `super().__init__(groups, {{…}})`"
     same = len(own) == len(groups) and all(
-        set(given) <= set(group) and [*map(id, given["params"])] == [*map(id, group["params"])]
-        for given, group in zip(groups, own, strict=True)
+        [*map(id, given["params"])] == [*map(id, group["params"])] for given, group in zip(groups, own, strict=True)
     )
     return "" if same else "returned an optimizer with other parameter groups than it was given"
 
@@ -205,6 +216,10 @@ _RULES: Mapping[tuple[str, str], Callable[..., str]] = {
     ("templates", "render"): _segments_fault,
     ("templates", "stop"): lambda value, _tokenizer: "returned an empty string" if "" in value else "",
     ("schedules", "fraction"): _fraction_fault,
+    ("connectors", "build"): _module_fault,
+    ("languages", "load"): _module_fault,
+    ("languages", "load_quantized"): _module_fault,
+    ("languages", "skeleton"): _module_fault,
     ("optimizers", "build"): _groups_fault,
     ("connectors", "tokens"): lambda value, _shape: "" if value >= 1 else f"returned {value!r}, expected 1 or more",
     ("tasks", "questions"): lambda value: next(question_faults(value), ""),

@@ -50,7 +50,8 @@ class UpdateRule(Protocol):
         """A torch optimizer of parameter ``groups``.
 
         Each has the float32 ``params``, ``weight_decay``, and ``betas``, which are 0.9 and the stage's ``adam_beta2``.
-        ``lr`` is set before each step. Weights without a gradient in a step have the gradient 0.
+        ``lr`` is set before each step. The optimizer must have the same groups with the same ``params``; other keys may
+        be left out. Weights without a gradient in a step have the gradient 0.
         """
 
 

@@ -42,7 +42,9 @@ def conformance_check(kind: str) -> Callable[[Check[C, P]], Check[C, P]]:
                     check_component(component)
                 why = examined_identity(component)[1] if isinstance(component, Identifiable) else ""
                 problems = [why] if why else check(component, *args, **options)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
                 problems = [describe_exception(error, component_packages(component))]
             return [" ".join(problem.split()) for problem in problems]
 

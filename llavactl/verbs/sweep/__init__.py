@@ -100,7 +100,9 @@ def _outcome(recipes: SweepRecipes, variant: Variant, grades: TaskGrades) -> Out
         on_main(lambda: _record(recipes.folder, finished))
         (run_dir / ERROR).unlink(missing_ok=True)
         return finished
-    except (Exception, SystemExit) as error:  # a plugin may call sys.exit
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may raise anything
         if process_count() > 1:
             raise
         why = _explained(error, run_dir / ERROR)
