@@ -15,13 +15,26 @@ from llavactl import __version__
 from llavactl.cli.help import Group
 from llavactl.core import plugin_commands, plugin_files, plugins
 from llavactl.core.builtin_plugin import COMMAND_GROUPS, COMMANDS
+from llavactl.core.errors import PluginError
 from llavactl.core.streams import stdout_to_stderr
 
 _WIDTH = max(map(len, COMMANDS))
 """Of the names of commands, so that the columns of all groups are aligned."""
 
-FIRST_PARTY_COMMANDS = {"lm-eval": "llavactl-harnesses[lm-eval]", "serve": "llavactl-serve"}
+FIRST_PARTY_COMMANDS = {
+    "lm-eval": "llavactl-harnesses[lm-eval]",
+    "serve": "llavactl-serve",
+    "web": "llavactl-web[gradio]",
+}
 """The commands of first-party plugins and their packages, to name the package if it is missing."""
+
+
+def missing_command(name: str, package: str) -> PluginError:
+    """The error that the command ``name`` of a first-party ``package`` is missing."""
+    return PluginError(
+        f"`llavactl {name}` is a command of a plugin that is not installed, or not in LLAVACTL_PLUGINS",
+        hint=f"in a checkout of llavactl: pip install -e 'plugins/{package}'",
+    )
 
 
 class LazyGroup(Group):
@@ -41,15 +54,10 @@ class LazyGroup(Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            from llavactl.core.errors import PluginError
             from llavactl.core.suggest import suggest
 
             if package := FIRST_PARTY_COMMANDS.get(args[0]):
-                raise PluginError(
-                    f"`llavactl {args[0]}` is a command of a plugin that is not installed, or not in LLAVACTL_PLUGINS",
-                    hint=f"in a checkout of llavactl: pip install -e 'plugins/{package}'",
-                ) from error
-
+                raise missing_command(args[0], package) from error
             raise click.UsageError(
                 f"{error.message.removesuffix('.')}; {suggest(args[0], self.list_commands(ctx))}", ctx
             ) from error

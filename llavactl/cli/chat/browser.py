@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 from click.core import ParameterSource
-
-from llavactl.core.errors import LlavactlError
 
 _WEB = "web"
 """The command of the plugin llavactl-web."""
@@ -20,7 +16,7 @@ def chat_in_browser(context: click.Context) -> None:
     """Invokes the command ``web`` with the options of ``_OF_WEB``.
 
     Raises:
-        LlavactlError: no plugin has this command.
+        PluginError: no plugin has this command.
     """
     given = [
         option.opts[-1]
@@ -34,10 +30,9 @@ def chat_in_browser(context: click.Context) -> None:
     root = context.find_root()
     web = root.command.get_command(root, _WEB) if isinstance(root.command, click.Group) else None
     if web is None:
-        raise LlavactlError(
-            "chatting in the browser needs the plugin llavactl-web",
-            hint=f"run `{sys.executable} -m pip install llavactl-web`",
-        )
+        from llavactl.cli.root import FIRST_PARTY_COMMANDS, missing_command
+
+        raise missing_command(_WEB, FIRST_PARTY_COMMANDS[_WEB])
     arguments = []
     for option in context.command.params:
         if option.name in _OF_WEB:
