@@ -188,7 +188,7 @@ def as_text(document: Document) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="Default: 7.")
     parser.add_argument("--tokens", type=int, default=96, metavar="N", help="Tokens per answer; default: 96.")
     add_options(parser)

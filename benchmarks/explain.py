@@ -114,7 +114,7 @@ def as_text(document: Document) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="A model of the demo, such as runs/demo/stage2/model."
     )

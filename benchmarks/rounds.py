@@ -29,7 +29,7 @@ def publish(documents: Documents, options: argparse.Namespace, as_text: Callable
     latest: Document | None = None
     code = 0
     try:
-        with stopping.sigterm_as_interrupt(), closing(documents):
+        with stopping.signals_as_interrupts(), closing(documents):
             for latest in documents:
                 _output({**latest, "complete": False}, options)
         latest = {**(latest or {}), "complete": True}

@@ -94,7 +94,8 @@ def read_description(folder: Path) -> ModelDescription:
         raise ModelError(f"{path}: no {', '.join(missing)}", hint="copy the complete model folder, or train again")
     described = cast("ModelDescription", with_moved_paths(description, folder))
     for key in ("vision", "connector", "language"):
-        require_component(folder, described, key)
+        if description[key] is not None:  # a checkpoint of another program may lack it; a recipe then provides it
+            require_component(folder, described, key)
     return described
 
 

@@ -255,7 +255,7 @@ def test_sigterm_ends_a_chat_and_ctrl_c_only_the_answer(toy: Path, monkeypatch: 
 def test_ignored_signals_stay_ignored() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with stopping.sigterm_as_interrupt(), stopping.deferred_interrupt() as stop:
+        with stopping.signals_as_interrupts(), stopping.deferred_interrupt() as stop:
             signal.raise_signal(signal.SIGTERM)
         assert not stop.requested
     finally:
@@ -266,7 +266,7 @@ def test_handlers_are_unchanged_in_other_threads() -> None:
     found: list[Any] = []
 
     def work() -> None:
-        with stopping.sigterm_as_interrupt(), stopping.deferred_interrupt():
+        with stopping.signals_as_interrupts(), stopping.deferred_interrupt():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

@@ -227,8 +227,9 @@ def test_a_command_must_be_a_click_command(site: Any) -> None:
     code = HEAD + "@hookimpl\ndef register_commands(register):\n    register('odd', 'odd_plugin:thing')\n\nthing = 3\n"
     site.install("odd", code)
     done = site.run("odd", code=1)
-    (line,) = lines(done.stderr)
-    assert line.startswith("error: command 'odd' of plugin odd")
+    line, hint = lines(done.stderr)
+    assert line.startswith("error: command odd of plugin odd")
+    assert "plugins check" in hint
     assert "odd_plugin:thing" in line
 
 

@@ -586,7 +586,7 @@ def test_the_recipe_trains(name: str, project: Path) -> None:
     result = run_cli("run", "-r", report["recipe"], "--json", *(word for option in short for word in option))
     assert result.exit_code == 0, result.stderr
     held_out = [line for line in result.stderr.splitlines() if "held out" in line]
-    assert [re.findall(r"stage (\d)", line) for line in held_out] == [["1"], ["2"]]
+    assert [re.findall(r"stage(\d)", line) for line in held_out] == [["1"], ["2"]]
     trained = result.json()
     assert trained["stage2"]["steps"] == 2
     assert trained["stage2"]["val_loss"] > 0

@@ -392,7 +392,7 @@ def test_the_table_on_the_terminal_has_all_variants(copied: Path) -> None:
     assert str(copied / "runs/toy/sweep/report.html") in shown.stdout
     planned = run_cli("sweep", *AXES, "--dry-run", cwd=copied).stdout.splitlines()
     assert planned[2].split()[0] == "2"
-    assert "stage1 of run 1" in planned[2]
+    assert "stage 1 of run 1" in planned[2]
 
 
 @pytest.mark.slow

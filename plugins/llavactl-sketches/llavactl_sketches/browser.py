@@ -175,8 +175,8 @@ class Browser:
                 return "", f"no result within {self.timeout_s:g} s"
             finally:
                 _kill(process)
-        lines = messages.decode("utf-8", "replace").strip().splitlines()
-        return output.decode("utf-8", "replace"), lines[-1] if lines else f"exit status {process.returncode}"
+        lines = messages.decode("utf-8", "replace").strip().split("\n")
+        return output.decode("utf-8", "replace"), lines[-1] or f"exit status {process.returncode}"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -41,9 +41,10 @@ class Gallery:
     def _read(self, task: str) -> list[dict[str, Any]]:
         try:
             result = json.loads(self._result_file(task).read_text(encoding="utf-8"))
-            lines = Path(result["answers"]).read_text(encoding="utf-8").splitlines()
+            lines = Path(result["answers"]).read_text(encoding="utf-8").split("\n")
             answers = {
-                str(record["id"]): Answer(str(record["id"]), record["text"]) for record in map(json.loads, lines)
+                str(record["id"]): Answer(str(record["id"]), record["text"])
+                for record in map(json.loads, filter(None, lines))
             }
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(

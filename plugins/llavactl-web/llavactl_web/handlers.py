@@ -98,7 +98,7 @@ class Handlers:
         session = self._session(request)
         if stored := request.query_params.get("c"):
             with session.lock, contextlib.suppress(LlavactlError):
-                session.open(stored)
+                session.switch_to(stored)
         return self._view(session)
 
     def new(self, request: gr.Request) -> Updates:
@@ -108,7 +108,7 @@ class Handlers:
 
     def open(self, request: gr.Request, id: str) -> Updates:  # noqa: A002
         with self._changing(request) as session:
-            session.open(id)
+            session.switch_to(id)
             return self._view(session)
 
     def undo(self, request: gr.Request) -> Updates:
@@ -138,7 +138,10 @@ class Handlers:
 
     def upload(self, request: gr.Request, file: str) -> Updates:
         """A conversation file of this page or of ``/save`` in the terminal."""
-        with self._changing(request) as session, tempfile.NamedTemporaryFile("w", suffix=".json") as checked:
+        with (
+            self._changing(request) as session,
+            tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".json") as checked,
+        ):
             text = Path(file).read_text(encoding="utf-8", errors="replace")
             setup = self.setup
             checked.write(images.with_images_embedded(text, allow_urls=setup.allow_urls, allow_files=setup.allow_files))

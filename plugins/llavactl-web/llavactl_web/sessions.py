@@ -161,7 +161,7 @@ class Session:
         store.save(self.id, self.title, [chat for _, chat in in_order])
         self._stored = store.changed(self.id)
 
-    def open(self, id: str) -> None:  # noqa: A002
+    def switch_to(self, id: str) -> None:  # noqa: A002
         """Continues a stored conversation.
 
         Raises:

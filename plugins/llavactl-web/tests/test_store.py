@@ -44,21 +44,21 @@ def test_conversations_are_continued_renamed_and_deleted(setup: Setup, script: d
     made = setup()
     session = asked(Session(made), "One?")
     other = Session(made)
-    other.open(session.id)
+    other.switch_to(session.id)
     asked(other, "Two?")
     other.rename("  A\n title " + "x" * 200)
     assert [(entry.id, entry.title[:7]) for entry in made.conversations.entries()] == [(session.id, "A title")]
     made.conversations.delete(session.id)
     assert made.conversations.entries() == []
     with pytest.raises(DataError):
-        other.open(session.id)
+        other.switch_to(session.id)
 
 
 def test_two_tabs_with_one_conversation_keep_both(setup: Setup, script: dict[str, str]) -> None:
     made = setup()
     first = asked(Session(made), "One?")
     second = Session(made)
-    second.open(first.id)
+    second.switch_to(first.id)
     asked(first, "first")
     asked(second, "second")
     texts = {entry.id: made.conversations.file(entry.id, "a").read_text() for entry in made.conversations.entries()}
