@@ -76,10 +76,9 @@ def _invoke(arguments: Sequence[str]) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         interrupt = error.__cause__ if isinstance(error, click.Abort) else error  # None: at a prompt of click
-        if isinstance(interrupt, KeyboardInterrupt) and not stopping.interrupted(interrupt):  # code raised it
-            if boundary.explained(interrupt) is not None:  # that of a plugin
-                boundary.report(interrupt)
-                return 1
+        if interrupt is not None and not stopping.interrupted(interrupt) and boundary.explained(interrupt):
+            boundary.report(interrupt)  # a plugin raised it
+            return 1
         click.echo("; ".join(["interrupted", *getattr(interrupt, "__notes__", ())]), err=True)
         return stopping.exit_code()
     except BaseException as error:  # noqa: BLE001 - the error boundary
