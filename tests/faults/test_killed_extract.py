@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import json
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,8 +123,12 @@ def listed_shards(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".h5", ".json")}
+def content(folder: Path) -> dict[str, Any]:
+    """The shards and the manifest, without conditions: a shard that was finished but not yet listed has none."""
+    files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".h5"}
+    for path in folder.glob("*.json"):
+        files[path.name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "conditions"}
+    return files
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
