@@ -1,4 +1,4 @@
-"""The fenced code blocks of an answer, and saving each to a file of its own.
+"""The fenced code blocks of an answer, and saving each to its own file.
 
 Names come from the answer, which nobody has checked: only the last part of a plain name is used, so that every file is
 directly in the folder, and an existing file is never replaced unless asked.

@@ -76,8 +76,9 @@ def _invoke(arguments: Sequence[str]) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         interrupt = error.__cause__ if isinstance(error, click.Abort) else error  # None: at a prompt of click
-        if interrupt is not None and not stopping.interrupted(interrupt) and boundary.explained(interrupt):
-            boundary.report(interrupt)  # a plugin raised it
+        by_code = isinstance(interrupt, KeyboardInterrupt) and not stopping.interrupted(interrupt)
+        if interrupt is not None and by_code and boundary.explained(interrupt):  # a plugin raised it
+            boundary.report(interrupt)
             return 1
         click.echo("; ".join(["interrupted", *getattr(interrupt, "__notes__", ())]), err=True)
         return stopping.exit_code()
