@@ -30,6 +30,7 @@ _MODULES = {
     "DataError": "llavactl.core.errors",
     "Encoder": "llavactl.core.protocols",
     "ExactTeacher": "llavactl.core.protocols",
+    "Explanation": "llavactl.chat.explain",
     "ExportableTemplate": "llavactl.core.protocols",
     "ExportableVision": "llavactl.core.protocols",
     "FeatureShape": "llavactl.core.schema",

@@ -14,6 +14,7 @@ from llavactl.chat.assistant import Assistant as Assistant
 from llavactl.chat.batching import Batcher as Batcher
 from llavactl.chat.batching import Finish as Finish
 from llavactl.chat.chat import Chat as Chat
+from llavactl.chat.explain import Explanation as Explanation
 from llavactl.cli.help import Command as Command
 from llavactl.components.formats.native import SavedModel as SavedModel
 from llavactl.components.formats.native import open_model as open_model

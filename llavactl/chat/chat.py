@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,6 +15,7 @@ from llavactl.chat.inputs import user_content
 from llavactl.chat.sampling import SamplingOptions, changed
 from llavactl.chat.transcript import load_turns, save_turns
 from llavactl.core.errors import unexpected
+from llavactl.core.progress import Progress, reporting_to
 from llavactl.images.references import image_in_memory
 
 if TYPE_CHECKING:
@@ -85,13 +86,16 @@ class Chat:
         """Removes the last question and its answer; False if there was none."""
         return bool(self._conversation.undo())
 
-    def explain(self) -> Explanation:
+    def explain(self, *, progress: Callable[[Progress], object] | None = None) -> Explanation:
         """The maps of the last answer: which parts of the images its words depend on.
+
+        ``progress`` is called after each forward pass; what it raises ends the explanation.
 
         Raises:
             DataError: there is no image, or no answer.
         """
-        return explain_last(self._conversation)
+        with reporting_to(progress):
+            return explain_last(self._conversation)
 
     def save(self, file: str | Path) -> None:
         """Writes the turns to ``file`` as JSON, for ``Chat.load`` and the commands' ``/load``."""

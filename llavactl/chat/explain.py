@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from llavactl.chat.context import without_oldest
 from llavactl.chat.detokenizer import Detokenizer, Stops
+from llavactl.chat.overlay import overlay
+from llavactl.core import progress
 from llavactl.core.errors import DataError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageRef, Turn
 from llavactl.data.batches import collate
@@ -53,10 +55,28 @@ class Word:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The words of an answer with their maps, and the images of the conversation."""
+    """The words of an answer with their maps, and the images of the conversation.
+
+    ``seen`` are the images as the vision encoder sees them: padded or cropped, in its resolution. The maps cover
+    exactly these.
+    """
 
     words: tuple[Word, ...]
     images: tuple[ImageRef, ...]
+    seen: tuple[Image.Image, ...]
+
+    limits: ClassVar[str] = LIMITS
+
+    def most_visual(self, count: int) -> list[Word]:
+        """The ``count`` words that depend most on a block of an image, in the order of the answer."""
+        by_peak = sorted(self.words, key=lambda word: -max(each.max() for each in word.occlusion))
+        chosen = {id(word) for word in by_peak[:count]}
+        return [word for word in self.words if id(word) in chosen]
+
+    def overlay(self, word: Word, kind: Literal["attention", "occlusion"], image: int = -1) -> Image.Image | None:
+        """The map of ``word`` over the image with this index, by default the last one; None if there is no such map."""
+        maps = word.attention if kind == "attention" else word.occlusion
+        return None if maps is None else overlay(self.seen[image], maps[image])
 
     def document(self) -> dict[str, Any]:
         """For JSON."""
@@ -70,7 +90,7 @@ class Explanation:
                 }
                 for word in self.words
             ],
-            "limits": LIMITS,
+            "limits": self.limits,
         }
 
 
@@ -89,10 +109,12 @@ def explain(assistant: Assistant, turns: Sequence[Turn], features: FeatureLookup
     assert shape is not None, "explanations need the shape of the features"
     batch = to_device(collate([encoded], features or assistant.features), device)
     looked = attention(assistant.model, batch).cpu().numpy()
-    shown = [
-        occlusion(assistant.model, batch, index, [mask.to(device) for mask in _masks(shape)]).cpu().numpy()
-        for index in range(len(encoded.images))
-    ]
+    masks = [mask.to(device) for mask in _masks(shape)]
+    with progress.bar(len(masks) * len(encoded.images), "explain", "block") as bar:
+        shown = [
+            occlusion(assistant.model, batch, index, masks, bar.advance).cpu().numpy()
+            for index in range(len(encoded.images))
+        ]
     height, width = _block_grid(shape)
     return Explanation(
         tuple(
@@ -104,6 +126,7 @@ def explain(assistant: Assistant, turns: Sequence[Turn], features: FeatureLookup
             for text, tokens in words
         ),
         encoded.images,
+        tuple(_as_seen(assistant, image) for image in encoded.images),
     )
 
 
@@ -185,15 +208,8 @@ def _rounded(values: np.ndarray) -> list[list[float]]:
     return [[float(f"{value:.4g}") for value in row] for row in values.tolist()]
 
 
-def most_visual(explanation: Explanation, count: int) -> list[Word]:
-    """The ``count`` words that depend most on a block of an image, in the order of the answer."""
-    by_peak = sorted(explanation.words, key=lambda word: -max(each.max() for each in word.occlusion))
-    chosen = {id(word) for word in by_peak[:count]}
-    return [word for word in explanation.words if id(word) in chosen]
-
-
-def as_seen(assistant: Assistant, image: ImageRef) -> Image.Image:
-    """``image`` as the vision encoder sees it: padded or cropped, in its resolution. The maps cover exactly this.
+def _as_seen(assistant: Assistant, image: ImageRef) -> Image.Image:
+    """``image`` as the vision encoder sees it.
 
     Raises:
         DataError: it can't be read.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 ROWS = 8
 """Occluded copies of the image per forward pass."""
+
+_RECORDING = threading.Lock()
+"""Held while attention is recorded: the implementation of attention is a setting of the model, for all threads."""
 
 
 @torch.inference_mode()
@@ -43,11 +47,18 @@ def attention(model: LlavaModel, batch: Batch) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def occlusion(model: LlavaModel, batch: Batch, image: int, masks: Sequence[torch.Tensor]) -> torch.Tensor:
+def occlusion(
+    model: LlavaModel,
+    batch: Batch,
+    image: int,
+    masks: Sequence[torch.Tensor],
+    advance: Callable[[int], object] = lambda _count: None,
+) -> torch.Tensor:
     """By how much the log-probability of each of the A targets falls [N, A] without some patches of one image.
 
     ``batch`` is one row [1, T] whose targets are its last tokens. In copy n, the features [P, Dv] of the image with
-    the index ``image`` are replaced by their mean where ``masks[n]`` [P] is True.
+    the index ``image`` are replaced by their mean where ``masks[n]`` [P] is True. ``advance`` is called with the
+    number of copies of each forward pass.
     """
     features = image_features(batch)
     assert features is not None
@@ -60,6 +71,7 @@ def occlusion(model: LlavaModel, batch: Batch, image: int, masks: Sequence[torch
             occluded[image, mask] = features[image].float().mean(0).to(features.dtype)
             copies.append(occluded)
         falls.append(whole - _target_log_probabilities(model, batch, torch.cat(copies), rows=len(copies)))
+        advance(len(copies))
     return torch.cat(falls)
 
 
@@ -85,27 +97,34 @@ def _logits(model: LlavaModel, batch: Batch, features: torch.Tensor | None, keep
 
 @contextmanager
 def _recorded_attention(language: PreTrainedModel, record: Any) -> Iterator[None]:
-    """Calls ``record`` with the attention weights [1, H, T, T] of each layer, which aren't kept: they can be large."""
+    """Calls ``record`` with the attention weights [1, H, T, T] of each layer, which aren't kept: they can be large.
+
+    Those of forward passes in other threads are not recorded.
+    """
+    thread = threading.get_ident()
 
     def hook(_module: object, _inputs: object, outputs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
         if isinstance(outputs, tuple) and len(outputs) > 1 and _are_weights(outputs[1]):
             record(outputs[1])
             return (outputs[0], None, *outputs[2:])
         return None
 
     config = language.config
-    previous, config._attn_implementation = config._attn_implementation, "eager"
-    hooks = [
-        module.register_forward_hook(hook)
-        for module in language.modules()
-        if type(module).__name__.endswith("Attention")
-    ]
-    try:
-        yield
-    finally:
-        config._attn_implementation = previous
-        for handle in hooks:
-            handle.remove()
+    with _RECORDING:
+        previous, config._attn_implementation = config._attn_implementation, "eager"
+        hooks = [
+            module.register_forward_hook(hook)
+            for module in language.modules()
+            if type(module).__name__.endswith("Attention")
+        ]
+        try:
+            yield
+        finally:
+            config._attn_implementation = previous
+            for handle in hooks:
+                handle.remove()
 
 
 def _are_weights(value: object) -> bool:

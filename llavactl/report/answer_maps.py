@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.core.paths import json_text, write_atomic
 from llavactl.report.inputs import read_objects
-from llavactl.report.overlay import overlay
+from llavactl.report.thumbnails import jpeg_uri
 
 if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
+    from llavactl.chat.explain import Word
     from llavactl.core.schema import Question
 
 log = logging.getLogger(__name__)
@@ -43,16 +44,16 @@ def add_maps(file: Path, questions: Sequence[Question], model: Path, count: int)
 
 def _maps(assistant: Assistant, question: Question, answer: str) -> list[dict[str, Any]]:
     """The words of ``answer`` that depend most on the last image, with its overlays."""
-    from llavactl.chat.explain import as_seen, explain, most_visual
+    from llavactl.chat.explain import explain
     from llavactl.core.schema import Turn
 
     explanation = explain(assistant, (*question.turns, Turn("assistant", (answer,))))
-    image = as_seen(assistant, explanation.images[-1])
+
+    def overlay(word: Word, kind: Literal["attention", "occlusion"]) -> str:
+        image = explanation.overlay(word, kind)
+        return "" if image is None else jpeg_uri(image, subsampling=0)
+
     return [
-        {
-            "word": word.text,
-            "attention": overlay(image, word.attention[-1]) if word.attention else "",
-            "occlusion": overlay(image, word.occlusion[-1]),
-        }
-        for word in most_visual(explanation, WORDS)
+        {"word": word.text, "attention": overlay(word, "attention"), "occlusion": overlay(word, "occlusion")}
+        for word in explanation.most_visual(WORDS)
     ]

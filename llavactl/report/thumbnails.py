@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import re
+from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import DataError
 from llavactl.images.decode import decode
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _SAFE = re.compile(r"data:image/(?:jpeg|png);base64,[A-Za-z0-9+/]+={0,2}")
 
@@ -19,8 +23,13 @@ def thumbnail(data: bytes, side: int = 224) -> str:
     except DataError:
         return ""
     image.thumbnail((side, side))
+    return jpeg_uri(image)
+
+
+def jpeg_uri(image: Image.Image, **options: Any) -> str:
+    """``image`` as a JPEG data URI; ``options`` are Pillow's."""
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=85)
+    image.save(out, "JPEG", quality=85, **options)
     return data_uri(out.getvalue(), "jpeg")
 
 

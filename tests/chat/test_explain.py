@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,13 @@ from PIL import Image
 import llavactl
 from llavactl.chat.assistant import Assistant
 from llavactl.chat.conversation import Conversation
-from llavactl.chat.explain import as_seen, explain, most_visual
+from llavactl.chat.explain import Word, explain
 from llavactl.core.errors import DataError
 from llavactl.core.schema import Turn
 from llavactl.data.batches import collate
 from llavactl.images.references import image_in_memory
 from llavactl.model.attribution import attention, occlusion
 from llavactl.model.generate import Sampling
-from llavactl.report.overlay import overlay
 from llavactl.testing import toy_model
 
 PHOTO, OTHER = (image_in_memory(Image.new("RGB", (30, 20), color)) for color in ("red", "blue"))
@@ -98,14 +96,18 @@ def test_without_an_image_or_an_answer(assistant: Assistant, turns: tuple[Turn, 
 def test_the_overlay_shows_the_image_as_the_encoder_sees_it(assistant: Assistant) -> None:
     """The toys pad images to a square: a wide image has bars above and below."""
     wide = image_in_memory(Image.new("RGB", (40, 20), "red"))
-    seen = as_seen(assistant, wide)
+    explanation = explain(assistant, (Turn("user", (wide, "\nWhat?")), TURNS[1]))
+    (seen,) = explanation.seen
     assert seen.size == (28, 28)
     assert seen.getpixel((14, 14)) != seen.getpixel((14, 1))
-    drawn = Image.open(io.BytesIO(base64.b64decode(overlay(seen, np.array([[0.0, 2.0], [-1.0, 0.1]])).split(",")[1])))
+    values = (np.array([[0.0, 2.0], [-1.0, 0.1]]),)
+    drawn = explanation.overlay(Word("red", None, values), "occlusion")
+    assert drawn is not None
     difference = np.abs(np.asarray(drawn, dtype=float) - np.asarray(seen, dtype=float)).sum(-1)
     quarters = [difference[rows, columns].mean() for rows in HALVES for columns in HALVES]
     assert quarters.index(max(quarters)) == 1
-    assert quarters[2] < quarters[1] / 5  # JPEG
+    assert quarters[0] == quarters[2] == 0 < quarters[3]
+    assert explanation.overlay(Word("red", None, values), "attention") is None
 
 
 HALVES = slice(0, 14), slice(14, 28)
@@ -114,7 +116,34 @@ HALVES = slice(0, 14), slice(14, 28)
 def test_the_words_that_depend_most_on_the_image(assistant: Assistant) -> None:
     explanation = explain(assistant, TURNS)
     peaks = {word.text: word.occlusion[0].max() for word in explanation.words}
-    chosen = [word.text for word in most_visual(explanation, 2)]
+    chosen = [word.text for word in explanation.most_visual(2)]
     assert set(chosen) == set(sorted(peaks, key=lambda word: -peaks[word])[:2])
     assert chosen == [word for word in peaks if word in chosen]
-    assert len(most_visual(explanation, 99)) == len(peaks)
+    assert len(explanation.most_visual(99)) == len(peaks)
+
+
+def test_explanations_in_threads(assistant: Assistant) -> None:
+    """Chats share a model, also while one of them is explained."""
+    expected = explain(assistant, TURNS)
+    conversation = Conversation(assistant)
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(explain, assistant, TURNS) for _ in range(3)]
+        conversation.ask(PHOTO, "\nWhat is it?", sampling=Sampling(64)).text  # noqa: B018
+        explanations = [other.result() for other in others]
+    for each in explanations:
+        for word, reference in zip(each.words, expected.words, strict=True):
+            np.testing.assert_allclose(word.attention, reference.attention, rtol=1e-4)  # type: ignore[arg-type]
+    assert assistant.model.language.config._attn_implementation == "sdpa"
+
+
+def test_progress_can_end_an_explanation(assistant: Assistant) -> None:
+    chat = llavactl.Chat(assistant, turns=TURNS)
+    seen: list[llavactl.Progress] = []
+    assert chat.explain(progress=seen.append).words
+    assert (seen[-1].done, seen[-1].total) == (4, 4)
+
+    def stop(_progress: llavactl.Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.explain(progress=stop)

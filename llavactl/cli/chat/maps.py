@@ -25,20 +25,18 @@ def print_maps(conversation: Conversation) -> None:
     Raises:
         DataError: there is no image.
     """
-    from llavactl.chat.explain import LIMITS, explain_last
+    from llavactl.chat.explain import explain_last
 
     explanation = explain_last(conversation)
     encoding = (sys.stderr.encoding or "").lower().replace("-", "")
     for line in map_lines(explanation, SHADES if encoding == "utf8" else ASCII_SHADES):
         click.echo(line, err=True)
-    click.echo(LIMITS, err=True)
+    click.echo(explanation.limits, err=True)
 
 
 def map_lines(explanation: Explanation, shades: str = SHADES) -> list[str]:
     """The occlusion and attention maps of the last image, side by side for WORDS words of the answer."""
-    from llavactl.chat.explain import most_visual
-
-    words = most_visual(explanation, WORDS)
+    words = explanation.most_visual(WORDS)
     height, width = words[0].occlusion[-1].shape
     lines = _row(["", *(word.text for word in words)], 2 * width)
     lines += _grids("occlusion", [word.occlusion[-1] for word in words], shades)

@@ -85,6 +85,22 @@ class Handlers:
             result = self._view(session) | outcome
         yield result
 
+    def explain(self, request: gr.Request) -> Iterator[Updates]:
+        """Shows which parts of the images the words of the last answers depend on."""
+        session = self._session(request)
+        with session.lock:
+            session.stop.clear()
+            yield _buttons(busy=True)
+            maps: Updates = {}
+            try:
+                # gradio finds the event that this progress belongs to by the context.
+                explanations = session.explain(lambda share: gr.Progress()(share, desc="Explaining"))
+                maps = {f"maps{side}": rendering.maps(each) for side, each in enumerate(explanations)}
+            except Exception as error:  # noqa: BLE001 - such as a lack of memory: the page must take the next question
+                _warn(_reported(error))
+            result = self._view(session) | maps
+        yield result
+
     def stop(self, request: gr.Request) -> None:
         self._session(request).stop.set()
 
@@ -212,9 +228,10 @@ class Handlers:
             turns = [*chat.turns]
             if busy and not asked and turns[-1:] and turns[-1].role == "assistant":
                 turns.pop()
-            updates |= {f"history{side}": rendering.conversation(turns, name) + asked, f"live{side}": live}
-        updates |= {name: gr.update(interactive=not busy) for name in ("retry", "edit", "undo")}
-        updates["stop"] = gr.update(interactive=busy)
+            history = rendering.conversation(turns, name) + asked
+            updates |= {f"history{side}": history, f"live{side}": live, f"maps{side}": ""}
+        updates |= _buttons(busy=busy)
+        updates["explain"] = gr.update(interactive=not busy and session.is_explainable)
         updates["current"] = session.id
         updates["title"] = session.title
         updates["export"] = _export_links(session)
@@ -228,6 +245,11 @@ class Handlers:
 
     def _choices(self) -> list[tuple[str, str]]:
         return [(entry.title, entry.id) for entry in self.setup.conversations.entries()]
+
+
+def _buttons(*, busy: bool) -> Updates:
+    updates: Updates = {name: gr.update(interactive=not busy) for name in ("retry", "edit", "undo", "explain")}
+    return updates | {"stop": gr.update(interactive=busy)}
 
 
 def _export_links(session: Session) -> str:

@@ -10,11 +10,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llavactl import DataError, ImageRef
 
 from .fetching import download
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_IMAGES = 8
 """Images per question."""
@@ -65,10 +68,15 @@ def thumbnail_of(encoded: str) -> str:
             opened.draft("RGB", _THUMBNAIL)
             small = ImageOps.exif_transpose(opened).convert("RGB")
         small.thumbnail(_THUMBNAIL)
-        file = io.BytesIO()
-        small.save(file, "JPEG", quality=80)
+        return data_url(small)
     except Exception:  # noqa: BLE001 - Pillow raises many types for broken files
         return ""
+
+
+def data_url(image: Image.Image) -> str:
+    """``image`` as a JPEG in a data: URL."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

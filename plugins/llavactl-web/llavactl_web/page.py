@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -68,7 +69,8 @@ def _conversation(parts: dict[str, Any], sessions: Sessions) -> None:
     with gr.Row(equal_height=True):
         for side in range(len(setup.models)):
             with gr.Column(elem_classes="chat"):
-                # An overlay of the model's attention would be another column here.
+                # The style reverses their order: the end stays in sight.
+                parts[f"maps{side}"] = _html(elem_id=f"maps{side}")
                 parts[f"live{side}"] = _html(elem_id=f"live{side}", elem_classes="live")
                 parts[f"history{side}"] = _html(elem_id=f"history{side}")
     if len(setup.models) > 1:
@@ -90,6 +92,7 @@ def _conversation(parts: dict[str, Any], sessions: Sessions) -> None:
         parts["stop"] = gr.Button("Stop", size="sm", variant="stop", interactive=False, elem_id="stop")
         for name, label in (("retry", "Retry"), ("edit", "Edit last question"), ("undo", "Undo")):
             parts[name] = gr.Button(label, size="sm", elem_id=name)
+        parts["explain"] = gr.Button("Explain", size="sm", interactive=False, elem_id="explain")
     with gr.Accordion("Camera", open=False):
         parts["webcam"] = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=260)
     if setup.allow_urls:
@@ -133,7 +136,7 @@ def _named(parts: dict[str, Any], handler: Callable[..., Any]) -> tuple[Callable
     def by_component(updates: Updates | None) -> dict[Any, Any]:
         return {parts[name]: value for name, value in (updates or {}).items() if name in parts}
 
-    if handler.__name__ in ("ask", "retry"):
+    if inspect.isgeneratorfunction(handler):
 
         def stream(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
             for updates in handler(request, *values):
@@ -157,10 +160,11 @@ def _on(
 
 def _wire_answers(page: gr.Blocks, parts: dict[str, Any], handlers: Handlers) -> None:
     # One model: questions of all tabs wait in one queue.
-    queue = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal"}
+    queue: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal"}
     queue["show_progress_on"] = parts["live0"]
     _on(parts, parts["message"].submit, handlers.ask, ["message", *SETTINGS], **queue)
     _on(parts, parts["retry"].click, handlers.retry, SETTINGS, **queue)
+    _on(parts, parts["explain"].click, handlers.explain, **queue)
     _on(parts, parts["stop"].click, handlers.stop)
     page.unload(handlers.closed)
 

@@ -9,15 +9,21 @@ from __future__ import annotations
 import functools
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from markdown_it import MarkdownIt
 
 from llavactl import Turn, wilson
 
-from .images import thumbnail
+from .images import data_url, thumbnail
 from .previews import preview
 from .store import Wins
+
+if TYPE_CHECKING:
+    from llavactl import Explanation
+
+WORDS = 6
+"""Words of an answer whose maps are shown."""
 
 _LINKS = ("http://", "https://", "mailto:")
 
@@ -43,6 +49,19 @@ def answer(text: str, name: str, *, finished: bool = True) -> str:
     """An answer; fenced HTML is previewed once it is ``finished``."""
     body = _parser(finished).render(text)
     return f'<div class="answer"><div class="name">{html.escape(name)}</div>{body}</div>'
+
+
+def maps(explanation: Explanation) -> str:
+    """The maps of the WORDS words that depend most on the last image, over this image."""
+    words = explanation.most_visual(WORDS)
+    rows = [f"<tr><th></th>{''.join(f'<th>{html.escape(word.text)}</th>' for word in words)}</tr>"]
+    kinds: tuple[Literal["occlusion", "attention"], ...] = ("occlusion", "attention")
+    for kind in kinds:
+        overlays = [explanation.overlay(word, kind) for word in words]
+        cells = (f'<td><img src="{data_url(image)}" alt="{kind}"></td>' for image in overlays if image is not None)
+        if any(overlays):
+            rows.append(f"<tr><th>{kind}</th>{''.join(cells)}</tr>")
+    return f'<div class="maps"><table>{"".join(rows)}</table><p>{html.escape(explanation.limits)}</p></div>'
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import threading
 import time
@@ -10,11 +11,14 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llavactl import Assistant, Chat, DataError, ImageRef, LlavactlError, Turn
+from llavactl import Assistant, Chat, DataError, ImageRef, LlavactlError, Progress, Turn
 
 from .store import MAX_TITLE, Conversations, Outcome, Vote, Votes, new_id
+
+if TYPE_CHECKING:
+    from llavactl import Explanation
 
 INTERVAL_S = 0.1
 """Between two updates of the page while an answer is generated."""
@@ -40,6 +44,10 @@ class Setup:
     blind: bool = False
     allow_urls: bool = False
     allow_files: bool = False
+
+
+class _StoppedError(Exception):
+    """Ends an explanation."""
 
 
 @dataclass
@@ -144,6 +152,31 @@ class Session:
             chat.undo()
         self.voted = True
         return ("", ()) if question is None else (question.text.strip(), question.images)
+
+    @property
+    def is_explainable(self) -> bool:
+        """Whether the last question has an answer, and the conversation an image."""
+        turns = self.chats[0].turns
+        return bool(turns) and turns[-1].role == "assistant" and any(turn.images for turn in turns)
+
+    def explain(self, progress: Callable[[float], object]) -> list[Explanation]:
+        """The maps of each model's last answer; none if they were stopped.
+
+        ``progress`` is called with the share that is done.
+
+        Raises:
+            LlavactlError: there is no image, or no answer; or a language model has no attention weights.
+        """
+
+        def report(side: int, done: Progress) -> None:
+            if self.stop.is_set():
+                raise _StoppedError
+            progress((side + done.done / done.total) / len(self.chats))
+
+        try:
+            return [chat.explain(progress=functools.partial(report, side)) for side, chat in enumerate(self.chats)]
+        except _StoppedError:
+            return []
 
     def save(self) -> None:
         """Stores the conversation; if another tab has changed or deleted it, under a new name.

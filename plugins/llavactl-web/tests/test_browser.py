@@ -53,10 +53,41 @@ def test_conversation(open_tab: Any, serve: Any, setup: Any, script: Script, pho
     script["Both?"] = "Two."
     tab.press("Retry")
     tab.wait("document.querySelector('#history0 .answer')?.innerText.includes('Two.')")
+    tab.ready()
     tab.page.reload()
     tab.ready()
     tab.wait_answers(1)
     assert tab.answers() == ["Two."], "a reload shows the conversation of the address"
+    assert (tab.left, tab.errors) == ([], [])
+
+
+def test_explain(open_tab: Any, serve: Any, setup: Any, script: Script, photos: Sequence[Path]) -> None:
+    tab = open_tab(serve(setup("alpha", "beta"))[0])
+    explain = tab.page.get_by_role("button", name="Explain", exact=True)
+    assert explain.is_disabled()
+    tab.ask("No image?")
+    assert explain.is_disabled()
+    script["Color?"] = "It is <b>red</b> & blue."
+    tab.ask("Color?", [photos[0]])
+    tab.press("Explain")
+    for side in (0, 1):
+        tab.wait(f"document.querySelectorAll('#maps{side} td img').length == 10")
+        maps = tab.page.locator(f"#maps{side}")
+        assert maps.locator("th").all_inner_texts() == [
+            "",
+            "It",
+            "is",
+            "<b>red</b>",
+            "&",
+            "blue.",
+            "occlusion",
+            "attention",
+        ]
+    tab.ready()
+    assert tab.answers() == ["No image?", "It is <b>red</b> & blue."]
+    tab.press("Undo")
+    tab.wait_answers(1)
+    assert tab.page.locator("#maps0 img").count() == 0
     assert (tab.left, tab.errors) == ([], [])
 
 

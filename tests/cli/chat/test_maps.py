@@ -24,7 +24,7 @@ def word(text: str, at: tuple[int, int]) -> Word:
 
 
 def test_the_darkest_cell_is_the_largest_value() -> None:
-    lines = map_lines(Explanation((word("red", (0, 2)), word("一只\x1b[2J", (2, 0))), ()), ASCII_SHADES)
+    lines = map_lines(Explanation((word("red", (0, 2)), word("一只\x1b[2J", (2, 0))), (), ()), ASCII_SHADES)
     assert len({cell_len(line) for line in lines if line}) == 1
     assert not any("\x1b" in line for line in lines)
     header, *grids = [line for line in lines if line]

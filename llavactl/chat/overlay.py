@@ -1,13 +1,10 @@
-"""Maps of an answer's words drawn over the image, as small images for HTML pages."""
+"""Maps of an answer's words drawn over the image."""
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from llavactl.report.thumbnails import data_uri
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,8 +15,8 @@ COLOR = (255, 60, 0)
 OPACITY = 0.7
 
 
-def overlay(image: Image.Image, values: np.ndarray) -> str:
-    """``image`` with its parts colored by ``values`` [h, w], as a JPEG data URI.
+def overlay(image: Image.Image, values: np.ndarray) -> Image.Image:
+    """``image`` with its parts colored by ``values`` [h, w].
 
     The largest value is the most opaque; values up to 0 are not shown. The map covers the image, so ``image`` must be
     as the vision encoder sees it: padded or cropped.
@@ -33,6 +30,4 @@ def overlay(image: Image.Image, values: np.ndarray) -> str:
     # Cells are drawn as cells: smoothing would suggest a resolution that the map doesn't have.
     mask = Image.fromarray((255 * OPACITY * scaled).astype(np.uint8)).resize(shown.size, Image.Resampling.NEAREST)
     shown.paste(COLOR, mask=mask)
-    out = io.BytesIO()
-    shown.save(out, "JPEG", quality=85, subsampling=0)
-    return data_uri(out.getvalue(), "jpeg")
+    return shown
