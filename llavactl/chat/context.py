@@ -35,21 +35,24 @@ def fit(assistant: Assistant, turns: Sequence[Turn], left_out: int, max_new_toke
         DataError: the last question and the images alone don't fit.
     """
     limit = context_length(assistant.model.language)
-    prompt = assistant.prompt(without_oldest(turns, left_out))
-    if limit is None or len(prompt) + min(max_new_tokens, limit // FREE_SHARE) <= limit:
-        return prompt, left_out
-    starts = [index for index, turn in enumerate(after_system(turns)) if turn.role == "user"]
+    if limit is None:
+        return assistant.prompt(without_oldest(turns, left_out)), left_out
+    questions = [index for index, turn in enumerate(after_system(turns)) if turn.role == "user"]
+    starts = [left_out, *(index for index in questions if index > left_out)]
+    free, tokens = min(max_new_tokens, limit // FREE_SHARE), 0
     for start in starts:
-        if start > left_out:
-            prompt, left_out = assistant.prompt(without_oldest(turns, start)), start
-            if len(prompt) <= limit - limit // FREE_SHARE:
-                break
-    if len(prompt) >= limit:
-        raise DataError(
-            f"the question has {len(prompt):,} tokens with its images, the model's context {limit:,}",
-            hint="ask a shorter question, or about fewer images, in a new conversation",
-        )
-    return prompt, left_out
+        kept = without_oldest(turns, start)
+        tokens = assistant.min_tokens(kept)
+        if tokens < limit:
+            prompt = assistant.prompt(kept)
+            tokens = len(prompt)
+            if tokens + free <= limit or (start == starts[-1] and tokens < limit):
+                return prompt, start
+        free = limit // FREE_SHARE
+    raise DataError(
+        f"the question has {tokens:,} tokens or more with its images, the model's context {limit:,}",
+        hint="ask a shorter question, or about fewer images, in a new conversation",
+    )
 
 
 def without_oldest(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:

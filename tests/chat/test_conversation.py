@@ -367,12 +367,16 @@ def test_the_oldest_turns_are_left_out_and_their_images_kept(
     assert conversation.ask("Hello?", sampling=SHORT).text
 
 
-def test_a_question_beyond_the_context_is_refused(assistant: Assistant) -> None:
+def test_a_question_beyond_the_context_is_refused(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     assistant.model.language.config.max_position_embeddings = 200
     conversation = Conversation(assistant)
     with pytest.raises(DataError, match="context"):
         list(conversation.ask("What? " * 200, sampling=SHORT))
     assert conversation.turns == []
+    monkeypatch.setattr(type(assistant), "encode", lambda *_: pytest.fail("a huge question is tokenized"))
+    with pytest.raises(DataError, match="context"):
+        list(conversation.ask("What? " * 100_000))
+    monkeypatch.undo()
     processed = Processed(assistant)
     processed.during(conversation.ask("Hello?", sampling=Sampling(max_new_tokens=500)))
     assert 100 < processed.tokens < 200

@@ -52,7 +52,7 @@ def parse(line: str) -> Parsed | None:
     """The command in ``line``; None for a question: a path, or a line that begins with a space.
 
     Raises:
-        LlavactlError: an unknown command.
+        LlavactlError: an unknown command, or an argument of one that takes none.
     """
     match = _COMMAND.fullmatch(line.rstrip())
     if match is None:
@@ -62,6 +62,8 @@ def parse(line: str) -> Parsed | None:
 
         hint = f"{suggest(match[1], COMMANDS)}; begin a question that starts with / with a space"
         raise LlavactlError(f"unknown command {match[1]}", hint=hint)
+    if match[2] and not COMMANDS[match[1]].argument:
+        raise LlavactlError(f"{match[1]} takes no argument", hint="begin a question that starts with / with a space")
     return Parsed(match[1], match[2] or "")
 
 

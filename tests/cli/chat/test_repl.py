@@ -95,7 +95,7 @@ def test_the_system_prompt_is_kept_by_new(chat: Any, tmp_path: Path) -> None:
     "line",
     [
         "/set nosuch 1", "/set seed x", "/set temperature nan", "/set top_p 0", "/imag a.jpg", "/image", "/image 'a",
-        "/image a\0b", "/load '", "/image .", "/QUIT",
+        "/image a\0b", "/load '", "/image .", "/QUIT", "/quit now", "/undo 2", "/new x",
     ],
 )  # fmt: skip
 def test_errors_do_not_end_the_conversation(chat: Any, line: str) -> None:
