@@ -6,6 +6,7 @@ import hmac
 import logging
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -56,7 +57,7 @@ def application(service: Service) -> Starlette:
     if settings.token is not None:
         middleware.append(Middleware(BearerToken, token=settings.token))
     elif settings.local:
-        middleware.append(Middleware(LocalHost))
+        middleware.append(Middleware(LocalOnly, origins=settings.cors))
     app = Starlette(
         routes=routes,
         middleware=middleware,
@@ -103,24 +104,27 @@ class BearerToken:
         await error.response()(scope, receive, send)
 
 
-class LocalHost:
-    """Refuses requests for a host name other than localhost; addresses are allowed.
+class LocalOnly:
+    """Refuses requests for a host name other than localhost, and those of web pages, except from ``origins``.
 
-    A web page may otherwise reach this machine by a name of its own that it resolves to 127.0.0.1 (DNS rebinding).
+    Addresses are allowed as host. A web page may otherwise reach this machine by a host name that it resolves to
+    127.0.0.1 (DNS rebinding), or start answers that it can't read: a POST of plain text needs no CORS preflight.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        self.app, self.origins = app, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1").lower()
-        if _LOCAL_HOST.fullmatch(host):
+        headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
+        host, origin = headers.get(b"host", "").lower(), headers.get(b"origin")
+        if not _LOCAL_HOST.fullmatch(host):
+            why, code = f"host {host[:200]!r} is not this machine: use 127.0.0.1, or start with --token", "unknown_host"
+        elif origin is not None and not {origin, "*"} & {*self.origins}:
+            why, code = f"web pages of {origin[:200]!r} may not use this endpoint: see --cors", "unknown_origin"
+        else:
             await self.app(scope, receive, send)
             return
-        error = ApiError(
-            403, f"host {host[:200]!r} is not this machine: use 127.0.0.1, or start with --token", code="unknown_host"
-        )
-        await error.response()(scope, receive, send)
+        await ApiError(403, why, code=code).response()(scope, receive, send)
 
 
 _LOCAL_HOST = re.compile(r"((|localhost|[^/]+\.localhost|[0-9.]+|\[[0-9a-f:.]+\])(:\d+)?)")

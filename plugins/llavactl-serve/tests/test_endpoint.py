@@ -328,6 +328,19 @@ def test_without_a_token_names_of_other_hosts_are_refused(client: Client, token:
         assert response.status_code == (403 if token is None else 200)
 
 
+def test_without_a_token_other_web_pages_can_not_start_answers(client: Client) -> None:
+    """A page can send plain text to any address without asking first."""
+
+    def status(origin: str, **settings: Any) -> int:
+        headers = {"Host": "127.0.0.1:8000", "Origin": origin, "Content-Type": "text/plain"}
+        return client(local=True, **settings).post(URL, content=json.dumps(body()), headers=headers).status_code
+
+    for origin in ("http://page.example", "null", "http://127.0.0.1:8000"):
+        assert status(origin) == 403
+    for allowed in ("http://page.example", "*"):
+        assert status("http://page.example", cors=(allowed,)) == 200
+
+
 def test_web_pages_of_given_origins_are_allowed(client: Client) -> None:
     page, other = {"Origin": "http://page.example"}, {"Origin": "http://other.example"}
     preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
