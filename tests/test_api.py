@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     toy_recipe(folder)
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    script = folder / "page.py"
-    script.write_text("\n".join(blocks), encoding="utf-8")
-    home = os.environ | {"LLAVACTL_HOME": str(folder / "home")}
-    done = subprocess.run([sys.executable, script], cwd=folder, env=home, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (folder / "page.out").write_text(done.stdout, encoding="utf-8")
+    out = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAVACTL_HOME", str(folder / "home"))
+        exec("\n".join(blocks), {})  # noqa: S102
+    (folder / "page.out").write_text(out.getvalue(), encoding="utf-8")
     return folder
 
 

@@ -44,26 +44,37 @@ def package(tmp_path: Path) -> Path:
 
 def run(package: Path, cwd: Path, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(package), "LLAVACTL_PLUGINS": ""}
-    command = [sys.executable, "-m", "llavactl.cli", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", check=False)
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+SHOWN = """
+import json, sys
+from llavactl.testing import run_cli
+for arguments in json.loads(sys.argv[1]):
+    result = run_cli(*arguments)
+    assert result.exit_code == 0, result.stderr
+    print(json.dumps(result.stdout))
+"""
+
+
 def test_a_third_stage_is_part_of_recipes_and_commands(package: Path, toy: Path) -> None:
-    run(package, toy, "recipes", "check", "-o", DATA)
-    recipe = json.loads(run(package, toy, "recipes", "show", "--json", "-o", DATA, "-o", "stage3.epochs=2"))
-    assert recipe["stage3"]["epochs"] == 2
-    assert recipe["data"]["stage3"][0]["name"] == "llava-json"
-    assert "stage3" in json.loads(run(package, toy, "recipes", "schema"))["properties"]
-    assert "1|2|3" in run(package, toy, "train", "--help")
+    shown = ["recipes", "show", "--json", "-o", DATA, "-o", "stage3.epochs=2"]
+    commands = [["recipes", "check", "-o", DATA], shown, ["recipes", "schema"], ["train", "--help"]]
+    outputs = run(package, toy, "-c", SHOWN, json.dumps(commands))
+    _, recipe, schema, train_help = map(json.loads, outputs.splitlines())
+    assert json.loads(recipe)["stage3"]["epochs"] == 2
+    assert json.loads(recipe)["data"]["stage3"][0]["name"] == "llava-json"
+    assert "stage3" in json.loads(schema)["properties"]
+    assert "1|2|3" in train_help
 
 
 @pytest.mark.slow
 def test_a_third_stage_is_trained_from_the_second(package: Path, tmp_path: Path) -> None:
     folder = toy_recipe(tmp_path / "toy", photos=4).parent
     overrides = [part for override in (DATA, *TRAINING) for part in ("-o", override)]
-    report = json.loads(run(package, folder, "run", "--json", *overrides))
+    report = json.loads(run(package, folder, "-m", "llavactl.cli", "run", "--json", *overrides))
     assert report["model"].endswith("stage3/model")
     description = json.loads((folder / "runs/toy/stage3/model/llavactl.json").read_text(encoding="utf-8"))
     assert description["stage"] == 3

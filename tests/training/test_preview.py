@@ -124,6 +124,7 @@ def test_any_exception_while_a_preview_is_prepared_is_a_warning(
     assert (toy / "shown/stage2/model").is_dir()
 
 
+@pytest.mark.slow
 def test_stage_1_is_asked_questions(toy: Path) -> None:
     """The template of stage 1, ``plain``, has no questions; that of the language model has."""
     options = ["-o", f"run_dir={toy}/run", "-o", "stage1.preview_every=1e-9", "-o", TASK, "-o", "stage1.max_steps=5000"]

@@ -175,9 +175,10 @@ def compare_metrics(left: list[dict[str, float]], right: list[dict[str, float]],
 @pytest.mark.parametrize(
     ("processes", "replicas", "sharded"),
     [
-        pytest.param(3, ["uneven end"], ["stage 1", "tied"], id="3"),
+        pytest.param(2, ["uneven end"], ["tied"], id="2"),
+        pytest.param(3, ["uneven end"], ["stage 1", "tied"], id="3", marks=pytest.mark.slow),
         pytest.param(3, ["stage 1", "full", "padded", "lora"], [], id="3-replicas", marks=pytest.mark.slow),
-        pytest.param(2, ["uneven end"], [*SETTINGS], id="2", marks=pytest.mark.slow),
+        pytest.param(2, ["uneven end"], [*SETTINGS], id="2-all", marks=pytest.mark.slow),
         pytest.param(4, [], ["full", "padded", "some modules"], id="4-sharded", marks=pytest.mark.slow),
     ],
 )
