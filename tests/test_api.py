@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAVACTL_HOME", str(folder / "home"))
-        exec("\n".join(blocks), {})  # noqa: S102
+        exec("\n".join(blocks), {})
     (folder / "page.out").write_text(out.getvalue(), encoding="utf-8")
     return folder
 

@@ -44,7 +44,9 @@ def package(tmp_path: Path) -> Path:
 
 def run(package: Path, cwd: Path, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(package), "LLAVACTL_PLUGINS": ""}
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", check=False)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
