@@ -27,7 +27,7 @@ from llavactl.training.box_alignment import (
 )
 
 WORDS = ("background", "left", "right", "above", "below", "red circle", "blue square")
-SCENES = ["-o", "data.stage1=[{name: scenes, content: descriptions, scenes: 40}]", "-o", "vision.image=square"]
+SCENES = ["-o", "data.stage1=[{name: scenes, content: descriptions, scenes: 8}]", "-o", "vision.image=square"]
 
 
 def word(text: str) -> torch.Tensor:
@@ -132,7 +132,14 @@ class WithoutFirst(torch.nn.Linear):
         return super().forward(features[:, 1:])
 
 
-@pytest.mark.parametrize(("kind", "prefix"), [(torch.nn.Linear, 0), (torch.nn.Linear, 1), (WithoutFirst, 1)])
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [
+        (torch.nn.Linear, 0),
+        pytest.param(torch.nn.Linear, 1, marks=pytest.mark.slow),
+        pytest.param(WithoutFirst, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_the_fitted_connector_predicts_the_targets(kind: type[torch.nn.Linear], prefix: int) -> None:
     rng, grid = Random(0), (4, 4)
     boxes = {}
@@ -150,7 +157,7 @@ def test_the_fitted_connector_predicts_the_targets(kind: type[torch.nn.Linear], 
     language = SimpleNamespace(get_input_embeddings=lambda: embeddings)
     model: Any = SimpleNamespace(connector=connector, language=language, frozen=frozenset())
     initial = connector.weight.clone()
-    fitted = align_to_boxes(model, data, FeatureShape(grid, len(WORDS), prefix), grid, 1500, 0)
+    fitted = align_to_boxes(model, data, FeatureShape(grid, len(WORDS), prefix), grid, 400, 0)
     assert torch.equal(connector.weight, initial), "the model is not changed"
     for name, image_boxes in boxes.items():
         features = torch.from_numpy(data.features.arrays(ImageFile("", name))[0]).float()[prefix:]
@@ -170,16 +177,16 @@ def train(toy: Path, steps: int, name: str, *settings: str) -> dict[str, torch.T
 def test_the_connector_is_aligned_before_the_first_step(toy: Path) -> None:
     # With this learning rate training changes nothing: the weights are those of the alignment.
     settings = ["-o", "stage1.max_steps=1", "-o", "stage1.learning_rate=1e-12"]
-    start, fitted, longer = (train(toy, steps, f"s{steps}", *settings) for steps in (0, 1, 40))
+    start, fitted, longer = (train(toy, steps, f"s{steps}", *settings) for steps in (0, 1, 10))
     assert start.keys() == fitted.keys()
     assert any(not torch.allclose(start[name], longer[name], atol=1e-4) for name in start)
-    repeated = train(toy, 40, "again", *settings)
+    repeated = train(toy, 10, "again", *settings)
     assert all(torch.equal(longer[name], repeated[name]) for name in repeated)
 
 
 def test_weights_that_the_stage_does_not_train_are_not_aligned(toy: Path) -> None:
     settings = ["-o", "stage1.max_steps=1", "-o", "stage1.learning_rate=1e-12", "-o", "stage1.train_connector=['2.']"]
-    start, fitted = (train(toy, steps, f"part{steps}", *settings) for steps in (0, 20))
+    start, fitted = (train(toy, steps, f"part{steps}", *settings) for steps in (0, 5))
     changed = {name for name in start if not torch.allclose(start[name], fitted[name], atol=1e-6)}
     assert changed == {"2.weight", "2.bias"}
 
@@ -187,7 +194,7 @@ def test_weights_that_the_stage_does_not_train_are_not_aligned(toy: Path) -> Non
 def test_a_connector_with_several_tokens_per_cell_learns_the_words(toy: Path) -> None:
     settings = ["-o", "connector={name: cell-words, cell: 2, words: 2, hidden: 16}"]
     settings += ["-o", "stage1.max_steps=1", "-o", "stage1.learning_rate=1e-12"]
-    start, fitted = (train(toy, steps, f"words{steps}", *settings) for steps in (0, 20))
+    start, fitted = (train(toy, steps, f"words{steps}", *settings) for steps in (0, 5))
     assert start.keys() == fitted.keys()
     assert any(not torch.allclose(start[name], fitted[name], atol=1e-4) for name in start)
 

@@ -175,6 +175,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limits on Windows")
 def test_a_checkpoint_that_cannot_be_written_fails_before_step_1(toy: Path) -> None:
     result = subprocess.run(

@@ -124,6 +124,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(toy: Path) -> None:
     assert_equal(toy / "runs/toy/stage1", toy / "uninterrupted/stage1")
 
 
+@pytest.mark.slow
 def test_a_second_process_on_the_same_run_is_refused(toy: Path) -> None:
     def train_again() -> None:
         refused = run_cli(*command(toy, 1))

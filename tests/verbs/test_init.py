@@ -131,6 +131,8 @@ DATA: dict[str, tuple[Case, tuple[str, ...]]] = {
     ),
 }
 
+FAST = ("folder with text files", "table", "coco with boxes", "captions and conversations")
+
 
 def table(project: Path, name: str = "images/metadata.csv") -> Path:
     file = project / name
@@ -146,7 +148,9 @@ def nested(project: Path) -> Path:
     return project / "set"
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in DATA]
+)
 def test_data_is_recognized(name: str, project: Path) -> None:
     arguments, content = DATA[name]
     report = init("--data", *arguments(project))
@@ -245,6 +249,7 @@ def test_a_folder_with_the_name_of_a_source_can_be_written_as_a_path(project: Pa
     assert recognize("./coco").samples == 6
 
 
+@pytest.mark.slow
 def test_several_captions_per_image_are_counted_as_data_check_counts_them(project: Path) -> None:
     folder = captioned(project / "photos")
     for file in sorted(folder.glob("*.txt"))[:4]:
@@ -319,7 +324,13 @@ def test_a_prediction_chooses_the_method(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "device", [(), ("--device-memory", "1GB"), ("--device-memory", "1GB", "--devices", "2"), ("--devices", "2")]
+    "device",
+    [
+        (),
+        pytest.param(("--device-memory", "1GB"), marks=pytest.mark.slow),
+        ("--device-memory", "1GB", "--devices", "2"),
+        pytest.param(("--devices", "2"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_dry_run_of_the_recipe_predicts_the_same(device: tuple[str, ...], project: Path) -> None:
     """Exactly while the data's lengths are unknown; with them, the same is the upper bound."""
@@ -579,7 +590,9 @@ def test_what_cannot_be_used_is_an_error(arguments: tuple[str, ...], mentioned: 
     assert sorted(project.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["folder with text files", "captions and conversations"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("folder with text files", marks=pytest.mark.slow), "captions and conversations"]
+)
 def test_the_recipe_trains(name: str, project: Path) -> None:
     report = init("--data", *DATA[name][0](project))
     short = [f"-o stage{stage}.{key}=2".split() for stage in STAGES for key in ("max_steps", "epochs")]
@@ -622,7 +635,9 @@ def test_mistaken_names_are_explained(
     assert why in result.stderr
 
 
-@pytest.mark.parametrize("data", ["folder with text files", "captions and conversations"])
+@pytest.mark.parametrize(
+    "data", ["folder with text files", pytest.param("captions and conversations", marks=pytest.mark.slow)]
+)
 def test_steps_are_those_of_training(data: str, project: Path) -> None:
     report = init("--data", *DATA[data][0](project))
     for stage, section in STAGES.items():
@@ -647,6 +662,7 @@ def test_errors_name_options_and_not_a_file_that_is_not_written(
         assert "recipe.yaml" not in result.stderr
 
 
+@pytest.mark.slow
 def test_what_llavactl_wrote_is_not_data(project: Path) -> None:
     captioned(project / "photos")
     report = init("--data", "photos")

@@ -153,6 +153,7 @@ def test_a_refusal_names_the_smallest_peak_and_its_placement(toy: Path) -> None:
     assert chosen.peak_bytes["device"] == refused.peak_bytes["device"]
 
 
+@pytest.mark.slow
 def test_no_hint_has_the_options_of_another_one_and_more(toy: Path) -> None:
     toy_language(toy / "deep", width=64, layers=4)
     overrides = ["stage2.init=scratch", "optimizer_state=device", "stage2.batch_size=16"]
@@ -194,6 +195,7 @@ def test_the_time_follows_from_a_throughput(toy: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_throughput_of_an_earlier_run_is_that_of_the_same_model_method_and_devices(toy: Path) -> None:
     recipe = load_recipe(toy / "recipe.yaml", ["stage2.init=scratch"])
     report = train(load_recipe(toy / "recipe.yaml", [*SCRATCH[1:], "features.mode=live", "stage2.max_steps=1"]), 2)

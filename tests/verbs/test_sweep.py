@@ -200,6 +200,7 @@ def test_a_finished_sweep_computes_nothing_and_has_the_same_report(
     assert again == swept.report
 
 
+@pytest.mark.slow
 def test_another_value_reuses_what_is_finished(copied: Path, observer: Observer) -> None:
     report = sweep(copied, "--axis", "stage2.learning_rate=1e-2,1e-4", "-o", "connector.name=linear").json()
     assert observer.trained == [2]  # stage 1, and stage 2 with 1e-2, from the folders of the other axes
@@ -230,6 +231,7 @@ def test_equal_models_are_trained_and_evaluated_once(toy: Path, observer: Observ
     assert (pair["difference"], pair["p"], pair["p_holm"]) == (0, 1, 1)
 
 
+@pytest.mark.slow
 def test_seeds_are_averaged(toy: Path, observer: Observer) -> None:
     report = sweep(prepare(toy), *RATES, "--seeds", "2").json()
     assert sorted(observer.trained) == [1, 1, 2, 2, 2, 2]  # stage 1 of each seed
@@ -247,6 +249,7 @@ def test_seeds_are_averaged(toy: Path, observer: Observer) -> None:
     assert pair["seeds"] == [0, 1]
 
 
+@pytest.mark.slow
 def test_data_is_generated_once(toy: Path) -> None:
     generate = (
         "generate={source: {name: scenes, scenes: 4}, teacher: {name: rules}, kinds: {detail: 1}, out: data.jsonl}"
@@ -325,7 +328,7 @@ def test_a_failing_variant_is_a_row_and_a_plugins_connector_a_variant(toy: Path,
     "error",
     [
         RuntimeError("broken kernel"),
-        CancelledError(),
+        pytest.param(CancelledError(), marks=pytest.mark.slow),
         pytest.param(SystemExit(3), marks=pytest.mark.slow),
         pytest.param(MemoryError(), marks=pytest.mark.slow),
     ],
@@ -383,6 +386,7 @@ def test_a_sweep_runs_once_at_a_time(toy: Path) -> None:
     assert "another process" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_table_on_the_terminal_has_all_variants(copied: Path) -> None:
     shown = run_cli("sweep", *AXES, cwd=copied)
     assert shown.exit_code == 0, shown.stderr

@@ -50,7 +50,10 @@ def with_vision(recipe: Path, vision: str) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("family", RECIPES)
+@pytest.mark.parametrize(
+    "family",
+    [name if name in ("siglip2-naflex", "fused") else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
+)
 def test_extract_and_train(saved: Callable[[str], Path], family: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Models are named relative to the recipe, also those of the parts of ``fused``."""
     monkeypatch.setenv("LLAVACTL_HOME", str(tmp_path / "home"))

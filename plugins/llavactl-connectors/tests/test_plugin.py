@@ -63,6 +63,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return recipe
 
 
+@pytest.mark.slow
 def test_both_stages_are_trained(case: Any, toys: Path, tmp_path: Path):
     """The connector's weights change, and the model of stage 2 answers."""
     values = [f"connector.{key}={value}" for key, value in case.values.items()]

@@ -31,7 +31,9 @@ def test_all_components_conform(vision: Path, language: Path):
     assert check_plugin("demo", {"dinov2-demo": {"image": "pad"}, "smollm2-demo": {}}) == []
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [name if name == "demo" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+)
 def test_the_recipes_are_valid_and_begin_with_their_command(name: str):
     shown = run_cli("recipes", "show", name)
     assert shown.exit_code == 0, shown.stderr
@@ -49,6 +51,7 @@ def test_every_number_in_the_recipes_has_a_comment(name: str):
             assert "  # " in value, line
 
 
+@pytest.mark.slow
 def test_the_sweep_has_nine_variants_that_fit_together(vision: Path, language: Path):
     planned = run_cli("sweep", "-r", "demo-sweep", "--dry-run", "--json")
     assert planned.exit_code == 0, planned.stderr

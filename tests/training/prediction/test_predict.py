@@ -39,7 +39,9 @@ CHECKPOINTING = "stage2.gradient_checkpointing=true"
         (2, (96, 2, 1500), (BFLOAT16, *LORA, CHECKPOINTING)),
         pytest.param(2, (96, 2, 1500), (CHECKPOINTING, "stage2.image_order=random"), marks=pytest.mark.slow),
         pytest.param(2, (48, 6, 400), (*LORA, "features.dtype=int8", "features.mode=cached"), marks=pytest.mark.slow),
-        (2, (48, 6, 400), (BFLOAT16, "stage2.optimizer=muon", "stage2.packing=never")),
+        pytest.param(
+            2, (48, 6, 400), (BFLOAT16, "stage2.optimizer=muon", "stage2.packing=never"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_predicted_peak_is_the_measured_one(
@@ -111,7 +113,7 @@ def _measured_peaks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         ("full", False, True),
         pytest.param("full", True, False, marks=pytest.mark.slow),
-        ("lora", True, False),
+        pytest.param("lora", True, False, marks=pytest.mark.slow),
         pytest.param("lora", False, True, marks=pytest.mark.slow),
         pytest.param("connector", False, False, marks=pytest.mark.slow),
         pytest.param("connector", True, True, marks=pytest.mark.slow),
