@@ -79,6 +79,7 @@ def test_screenshot_of_maps(open_tab: Any, serve: Any, setup: Any, tmp_path: Pat
     made.models[0] = dataclasses.replace(made.models[0], assistant=load_model(str(DEMO_MODEL)))
     tab = open_tab(serve(made)[0])
     tab.page.set_viewport_size({"width": 1180, "height": 1000})
+    tab.page.set_default_timeout(120_000)
     tab.ask(sample.turns[-2].text, [tmp_path / "scene.png"])
     tab.press("Explain")
     tab.wait("document.querySelectorAll('#maps0 img').length")
