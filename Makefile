@@ -41,8 +41,8 @@ demo: $(RUN_READY) ## run the whole pipeline with small pretrained models on a C
 demo-full: $(RUN_READY) ## the demo with LLaVA's connector and longer training: half an hour to an hour
 	GLIBC_TUNABLES=$(MALLOC) $(BIN)/llavactl run -r demo-full
 
-# One thread per process: pytest runs one process per core.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+# One thread per process: pytest runs one process per core. Bytecode is cached: tests start hundreds of processes.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto
 # Not in the environment: with torchvision, which timm needs, transformers uses other image processors.
 WITH_TIMM := PYTHONPATH="$(CURDIR)/$(VENV)/timm:$$PYTHONPATH"
 # Nor gradio, which needs Pillow < 13.

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from .preloaded import Interpreters
+
 # No test fails because the machine is slow just now.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
@@ -48,6 +50,14 @@ def small_disk() -> Iterator[Callable[[Path, str], None]]:
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def interpreters() -> Iterator[Interpreters]:
+    """Runs programs in new processes, without the time that importing torch and transformers takes."""
+    started = Interpreters()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

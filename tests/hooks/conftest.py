@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from ..preloaded import Interpreters
+
 
 @dataclass
 class Site:
@@ -18,6 +20,7 @@ class Site:
 
     folder: Path
     home: Path
+    interpreters: Interpreters
     names: list[str] = field(default_factory=list)
 
     def install(self, name: str, code: str, **files: str) -> None:
@@ -42,14 +45,13 @@ class Site:
         self.names.append(name)
 
     def run(self, *arguments: str, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Runs ``llavactl ARGUMENTS`` in a new interpreter; by default only the installed test plugins are selected."""
+        """Runs ``llavactl ARGUMENTS`` in a new process; by default only the installed test plugins are selected."""
         return self.python("from llavactl.cli import main; main()", *arguments, code=code, **environment)
 
     def python(
         self, program: str, *arguments: str, code: int | None = 0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        command, settings = [sys.executable, "-c", program, *arguments], self.settings(**environment)
-        done = subprocess.run(command, capture_output=True, text=True, **settings)
+        done = self.interpreters.run(program, *arguments, **self.settings(**environment))
         assert code is None or done.returncode == code, done.stderr
         return done
 
@@ -73,7 +75,7 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
+def site(tmp_path: Path, interpreters: Interpreters) -> Site:
     folder = tmp_path / "site"
     folder.mkdir()
-    return Site(folder, tmp_path / "user")
+    return Site(folder, tmp_path / "user", interpreters)
