@@ -113,7 +113,7 @@ def _conversation(parts: dict[str, Any], sessions: Sessions) -> None:
 
 def _settings(parts: dict[str, Any], defaults: Any) -> None:
     with gr.Accordion("Settings", open=False):
-        parts["system"] = gr.Textbox(label="System prompt", placeholder="that of the model", lines=2, elem_id="system")
+        parts["system"] = gr.Textbox(label="System prompt", placeholder="the model's", lines=2, elem_id="system")
         with gr.Row():
             parts["temperature"] = gr.Slider(
                 0, 2, defaults.temperature, step=0.05, label="Temperature", info="0: greedy decoding"
