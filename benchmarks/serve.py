@@ -3,7 +3,7 @@
     python benchmarks/serve.py --out serve.json                        # a language model of 75M random weights
     python benchmarks/serve.py --model runs/demo/stage2/model          # a trained model
 
-The server is a process of its own. In every round each method answers the same requests (an image and a question of
+The server is a separate process. In every round each method answers the same requests (an image and a question of
 different lengths) in random order of the methods. The server generates at most 8 answers at once.
 
 - sequential   ``Assistant.answer`` in this process, one conversation after another: no server, no batch

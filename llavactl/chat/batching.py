@@ -77,7 +77,7 @@ class Generation:
 
 
 class Batcher:
-    """Answers with ``assistant`` in a thread of its own, at most ``max_batch`` conversations at once.
+    """Answers with ``assistant`` in a separate thread, at most ``max_batch`` conversations at once.
 
     Only this thread uses the model; ``close`` ends it.
     """

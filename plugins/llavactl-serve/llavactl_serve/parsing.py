@@ -233,7 +233,7 @@ def _turns(messages: list[Any], allow_urls: bool, check_images: Callable[[int], 
 
 
 def _turn(role: Role, content: tuple[Content, ...], index: int) -> Turn:
-    """A turn with each part on a line of its own, as images and questions are in training."""
+    """A turn with one part per line, like images and questions in training."""
     separated = tuple(part for item in content for part in ("\n", item))[1:]
     try:
         return Turn(role, separated)

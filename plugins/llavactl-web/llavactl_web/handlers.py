@@ -90,7 +90,10 @@ class Handlers:
         session = self._session(request)
         with session.lock:
             session.stop.clear()
-            yield _buttons(busy=True)
+            yield _buttons(busy=True) | {
+                f"live{side}": rendering.answer("Explaining…", name, finished=False)
+                for side, name in enumerate(session.names)
+            }
             maps: Updates = {}
             try:
                 # gradio finds the event that this progress belongs to by the context.

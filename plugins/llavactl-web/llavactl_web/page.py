@@ -51,6 +51,10 @@ def _html(**options: Any) -> gr.HTML:
     return gr.HTML(js_on_load=None, **options)
 
 
+def _button(name: str, label: str, **options: Any) -> gr.Button:
+    return gr.Button(label, size="sm", min_width=80, elem_id=name, **options)
+
+
 def _sidebar(parts: dict[str, Any]) -> None:
     with gr.Sidebar(width=280):
         parts["new"] = gr.Button("New conversation", variant="primary")
@@ -89,10 +93,10 @@ def _conversation(parts: dict[str, Any], sessions: Sessions) -> None:
         elem_id="message",
     )
     with gr.Row():
-        parts["stop"] = gr.Button("Stop", size="sm", variant="stop", interactive=False, elem_id="stop")
+        parts["stop"] = _button("stop", "Stop", variant="stop", interactive=False)
         for name, label in (("retry", "Retry"), ("edit", "Edit last question"), ("undo", "Undo")):
-            parts[name] = gr.Button(label, size="sm", elem_id=name)
-        parts["explain"] = gr.Button("Explain", size="sm", interactive=False, elem_id="explain")
+            parts[name] = _button(name, label)
+        parts["explain"] = _button("explain", "Explain", interactive=False)
     with gr.Accordion("Camera", open=False):
         parts["webcam"] = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=260)
     if setup.allow_urls:
@@ -109,7 +113,7 @@ def _conversation(parts: dict[str, Any], sessions: Sessions) -> None:
 
 def _settings(parts: dict[str, Any], defaults: Any) -> None:
     with gr.Accordion("Settings", open=False):
-        parts["system"] = gr.Textbox(label="System prompt", placeholder="that of the model", lines=2, elem_id="system")
+        parts["system"] = gr.Textbox(label="System prompt", placeholder="the model's", lines=2, elem_id="system")
         with gr.Row():
             parts["temperature"] = gr.Slider(
                 0, 2, defaults.temperature, step=0.05, label="Temperature", info="0: greedy decoding"

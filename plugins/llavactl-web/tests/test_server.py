@@ -1,5 +1,7 @@
 """The server as a process, and the screenshot of the documentation."""
 
+import dataclasses
+import io
 import os
 import signal
 import socket
@@ -12,6 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 from llavactl_web.guard import Access
 from PIL import Image, ImageDraw
+
+from llavactl import load_model, registry
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +62,32 @@ def test_screenshot(open_tab: Any, serve: Any, setup: Any, script: dict[str, str
     tab.page.set_viewport_size({"width": 1180, "height": 960})
     tab.ask("What is in this image?", [tmp_path / "scene.png"])
     tab.ask("List them as a web page.")
+    save_screenshot(tab, "browser.png", 64)
+
+
+DEMO_MODEL = os.environ.get("LLAVACTL_DEMO_MODEL")
+
+
+@pytest.mark.skipif(
+    not (SCREENSHOTS and DEMO_MODEL), reason="LLAVACTL_SCREENSHOTS, LLAVACTL_DEMO_MODEL: such as runs/demo/stage2/model"
+)
+def test_screenshot_of_maps(open_tab: Any, serve: Any, setup: Any, tmp_path: Path) -> None:
+    scenes = registry().create("sources", {"name": "scenes", "split": "test", "scenes": 4, "about": ["color", "shape"]})
+    *_, sample = scenes
+    (tmp_path / "scene.png").write_bytes(sample.images[0].read())
+    made = setup("demo")
+    made.models[0] = dataclasses.replace(made.models[0], assistant=load_model(str(DEMO_MODEL)))
+    tab = open_tab(serve(made)[0])
+    tab.page.set_viewport_size({"width": 1180, "height": 1000})
+    tab.page.set_default_timeout(120_000)
+    tab.ask(sample.turns[-2].text, [tmp_path / "scene.png"])
+    tab.press("Explain")
+    tab.wait("document.querySelectorAll('#maps0 img').length")
+    tab.ready()
+    save_screenshot(tab, "explain.png", 256)
+
+
+def save_screenshot(tab: Any, name: str, colors: int) -> None:
     tab.page.wait_for_timeout(500)
-    tab.page.screenshot(path=tmp_path / "page.png")
-    with Image.open(tmp_path / "page.png") as image:
-        image.quantize(64).save(Path(str(SCREENSHOTS)) / "browser.png", optimize=True)
+    with Image.open(io.BytesIO(tab.page.screenshot())) as image:
+        image.quantize(colors).save(Path(str(SCREENSHOTS)) / name, optimize=True)

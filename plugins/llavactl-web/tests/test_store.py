@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llavactl_web.rendering import maps
 from llavactl_web.sessions import MAX_SESSIONS, Session, Sessions
 from llavactl_web.store import Vote, Votes, Wins
 
@@ -108,6 +109,27 @@ def test_undo_and_retry(setup: Setup, script: dict[str, str]) -> None:
     assert session.undo() == ("Two?", ())
     assert session.undo() == ("One?", ())
     assert session.undo() == ("", ())
+
+
+def test_explanations_of_all_sides(setup: Setup, script: dict[str, str], photos: Sequence[Path]) -> None:
+    session = asked(Session(setup("a", "b")), "One?")
+    assert not session.is_explainable
+    script["Two?"] = "red <b> one"
+    for _ in session.ask("Two?", [str(photos[0])], {}):
+        pass
+    assert session.is_explainable
+    shares: list[float] = []
+    explanations = session.explain(shares.append)
+    assert [[word.text for word in each.words] for each in explanations] == [["red", "<b>", "one"]] * 2
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    page = maps(explanations[0])
+    assert page.count("<img") == 6
+    assert "&lt;b&gt;" in page
+    session.stop.set()
+    assert session.explain(shares.append) == []
+    session.undo()
+    assert not session.is_explainable
 
 
 def test_blind_sides_are_random_and_stored_in_order(setup: Setup, script: dict[str, str]) -> None:

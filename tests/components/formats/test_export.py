@@ -88,7 +88,8 @@ def test_adapters(native: Make, tmp_path: Path, form: str) -> None:
         assert exported(tmp_path / "out", "llava", tmp_path / "llava")["verified"]["verdict"] == "exact"
 
 
-@pytest.mark.parametrize("form", ["hf", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["hf", "llava"])
 def test_conversion_between_formats(native: Make, tmp_path: Path, form: str) -> None:
     other = {"hf": "llava", "llava": "hf"}[form]
     written(native("ours"), form, tmp_path / "one")
@@ -99,6 +100,7 @@ def test_conversion_between_formats(native: Make, tmp_path: Path, form: str) -> 
         assert run_cli("chat", "--model", str(tmp_path / "two"), "--prompt", "Hello?").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_stage_1_model(native: Make, tmp_path: Path) -> None:
     """In format llava a bare projector; the template ``plain`` has no chat template."""
     model = native("ours", method="connector", template="plain")
@@ -109,6 +111,7 @@ def test_a_stage_1_model(native: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "hf" / "chat_template.jinja").exists()
 
 
+@pytest.mark.slow
 def test_with_the_class_token(native: Make, tmp_path: Path) -> None:
     assert exported(native("ours", select="cls-patch"), "hf", tmp_path / "out")["verified"]["verdict"] == "exact"
     assert read_description(resolve(tmp_path / "out"))["vision"]["select"] == "cls-patch"

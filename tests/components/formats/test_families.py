@@ -117,9 +117,8 @@ def test_llava_has_the_older_keys_for_position_embeddings(
     )
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt2", pytest.param("gemma3", marks=pytest.mark.slow), pytest.param("opt", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt"])
 def test_families_verified_by_another_process(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
     """Compares text, batches and images, unlike the tests above."""
     assert not exported(make_model(native, toys, tmp_path, family), "hf", tmp_path / "out")["verified"]["faults"]
@@ -143,6 +142,7 @@ def test_a_refused_export_keeps_the_previous_one(
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 def test_llava_refuses_other_backbones_than_clip(native: Make, toys: Path, tmp_path: Path) -> None:
     from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 

@@ -203,7 +203,8 @@ def test_missing_files_are_named(foreign: Callable[[], tuple[Any, Path]], native
     with pytest.raises(ModelError, match="no weights"):
         resolve(folder)
     result = run_cli(
-        "export", "--model", str(native("l", method="lora")), "--format", "peft", "--to", str(tmp_path / "p")
+        *("export", "--model", str(native("l", method="lora")), "--format", "peft"),
+        *("--to", str(tmp_path / "p"), "--no-verify"),
     )
     assert result.exit_code == 0, result.stderr
     (tmp_path / "p/base/config.json").unlink()

@@ -25,7 +25,7 @@ from llavactl.testing.toys import toy_language
 from ..conftest import MODEL, language, llama_folder, sentencepiece_reference, with_prepend_normalizer
 from .conftest import Make
 from .families import language_of
-from .test_export import exported, written
+from .test_export import written
 
 TEXTS = (
     "Hello world", "\nWhat is in this picture?", "a  b   c\n\n  d", "USER: hi</s>ASSISTANT: x</s>", "naïve café",
@@ -213,7 +213,9 @@ class TestTokenizer:
     [
         {"mlp_bias": True},
         pytest.param({"head_dim": 32}, marks=pytest.mark.slow),
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        pytest.param(
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {
                 "rope_parameters": {
@@ -290,7 +292,7 @@ class TestVisionEncoder:
         description = json.loads((model / "llavactl.json").read_text())
         description["vision"]["model"] = str(tmp_path / "clip")
         (model / "llavactl.json").write_text(json.dumps(description))
-        exported(model, "llava", tmp_path / "out")
+        written(model, "llava", tmp_path / "out")
         assert json.loads((tmp_path / "out/config.json").read_text())["mm_vision_tower"] == str(tmp_path / "clip")
         assert not (tmp_path / "out/vision_tower").exists()
 
