@@ -39,6 +39,7 @@ def options(stages: list[str], minutes: float = 5) -> argparse.Namespace:
     return argparse.Namespace(smoke=True, rounds=1, minutes=minutes, stages=stages)
 
 
+@pytest.mark.slow
 def test_all_variants_are_measured(gpu: Any) -> None:
     *_, document = gpu.documents(options(["stage2-lora"]))
     assert document["left_out"] == []

@@ -70,7 +70,9 @@ def cached(toy: Path, model: str) -> str:
     return f"toys/{model}"
 
 
-@pytest.mark.parametrize("hub", [None, b"", b"HTTP/1.1 503 Unavailable\r\n\r\n"], indirect=True)
+@pytest.mark.parametrize(
+    "hub", [None, pytest.param(b"", marks=pytest.mark.slow), b"HTTP/1.1 503 Unavailable\r\n\r\n"], indirect=True
+)
 def test_a_model_that_is_not_cached(toy: Path, hub: Hub) -> None:
     result = command("extract", "-o", "vision.model=some/model", cwd=toy, endpoint=hub.url)
     assert result.returncode == 1

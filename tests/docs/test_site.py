@@ -56,11 +56,13 @@ def pages(site: Path) -> dict[Path, Links]:
     return {page.resolve(): Links(page) for page in site.rglob("*.html")}
 
 
+@pytest.mark.slow
 def test_every_page_is_in_the_site(site: Path) -> None:
     for page in ROOT.glob("docs/**/*.md"):
         assert (site / page.relative_to(ROOT)).with_suffix(".html").is_file()
 
 
+@pytest.mark.slow
 def test_links_lead_to_files_and_anchors(pages: dict[Path, Links]) -> None:
     broken = []
     for page, links in pages.items():
@@ -75,18 +77,21 @@ def test_links_lead_to_files_and_anchors(pages: dict[Path, Links]) -> None:
     assert broken == []
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_from_a_network(site: Path, pages: dict[Path, Links]) -> None:
     assert [link for links in pages.values() for link in links.loaded if urlsplit(link).netloc] == []
     for style in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
 
 
+@pytest.mark.slow
 def test_the_start_leads_to_the_first_page(site: Path) -> None:
     target = re.search(r"url=(\S+?)\"", (site / "index.html").read_text())
     assert target
     assert (site / target[1]).is_file()
 
 
+@pytest.mark.slow
 def test_search_is_a_script(site: Path) -> None:
     """A page opened as a file may load scripts, but not data."""
     index = (site / "searchindex.js").read_text(encoding="utf-8")
@@ -94,7 +99,13 @@ def test_search_is_a_script(site: Path) -> None:
     assert '"docs/reference/training"' in index
 
 
-@pytest.mark.parametrize("text", ["[a](missing.md)", "[a](index.md#missing)", "![a](missing.png)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[a](missing.md)",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("[a](index.md#missing)", "![a](missing.png)")),
+    ],
+)
 def test_a_broken_link_fails_the_build(tmp_path: Path, text: str) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1"\n')

@@ -194,7 +194,13 @@ def failing(real: Callable[..., Any], failing_path: Path, number: int) -> Callab
     return call
 
 
-ERRNOS = [errno.EIO, errno.EACCES, errno.ENOLCK, errno.ESTALE, errno.ETIMEDOUT, ENOTSUPP]
+ERRNOS = [
+    *(errno.EIO, ENOTSUPP),
+    *(
+        pytest.param(each, marks=pytest.mark.slow)
+        for each in (errno.EACCES, errno.ENOLCK, errno.ESTALE, errno.ETIMEDOUT)
+    ),
+]
 
 
 @pytest.mark.parametrize("number", ERRNOS)
@@ -321,7 +327,12 @@ TRAIN_OPTIONS = ["-o", "features.mode=live", "-o", "stage1.max_steps=4", "-o", "
 
 
 @pytest.mark.parametrize(
-    "name", ["state.json", "shard-00001-model-00001-of-00001.safetensors", "checkpoints", "report.json"]
+    "name",
+    [
+        *("state.json", "checkpoints"),
+        pytest.param("shard-00001-model-00001-of-00001.safetensors", marks=pytest.mark.slow),
+        pytest.param("report.json", marks=pytest.mark.slow),
+    ],
 )
 def test_unreadable_checkpoint_stops_the_run_and_loses_nothing(
     toy: Path, make_unreadable: Callable[[str], None], name: str

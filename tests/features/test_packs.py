@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,10 @@ from llavactl.testing import run_cli
 from llavactl.verbs.cache import export_pack, import_pack, verify
 from llavactl.verbs.extract import extract
 
+from ..preloaded import Interpreters
+
 Load = Callable[..., Recipe]
+WithSmallFiles = Callable[..., subprocess.CompletedProcess[str]]
 
 _KEY = 64 * "0"
 
@@ -96,10 +98,10 @@ runpy.run_module("llavactl", run_name="__main__", alter_sys=True)
 """
 
 
-def with_small_files(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def with_small_files(interpreters: Interpreters) -> WithSmallFiles:
     """Runs a command that can't write beyond 4,096 bytes of a file, as if the disk were full: no shard fits."""
-    command = [sys.executable, "-c", _WITH_SMALL_FILES, *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return lambda *words, cwd: interpreters.run(_WITH_SMALL_FILES, *words, cwd=cwd, env=os.environ)
 
 
 def edit(pack: Path, **changes: Any) -> None:
@@ -558,7 +560,9 @@ class TestRefusedImport:
         assert "free disk space" in self.refused(pack, elsewhere)
         assert files_below(elsewhere / "small") == []
 
-    def test_failing_writes(self, pack: Path, elsewhere: Path, tmp_path: Path) -> None:
+    def test_failing_writes(
+        self, pack: Path, elsewhere: Path, tmp_path: Path, with_small_files: WithSmallFiles
+    ) -> None:
         refused = with_small_files("cache", "import", str(pack), cwd=elsewhere)
         assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
         assert os.strerror(errno.EFBIG) in refused.stderr
@@ -623,7 +627,7 @@ class TestRefusedExport:
         assert "free disk space" in self.refused(toy, tmp_path / "small/pack")
         assert not list((tmp_path / "small/pack").rglob("*.h5"))
 
-    def test_failing_writes(self, recipe: Load, toy: Path, tmp_path: Path) -> None:
+    def test_failing_writes(self, recipe: Load, toy: Path, tmp_path: Path, with_small_files: WithSmallFiles) -> None:
         extract(recipe())
         refused = with_small_files("cache", "export", "-r", "recipe.yaml", "--to", str(tmp_path / "pack"), cwd=toy)
         assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)

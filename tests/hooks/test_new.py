@@ -18,6 +18,8 @@ from llavactl.core.protocols import KINDS as COMPONENTS
 from llavactl.testing import check_plugin, run_cli
 from llavactl.verbs.new_plugin import KINDS, TEMPLATES, plugin_files
 
+from ..preloaded import Interpreters
+
 
 def generate(folder: Path, name: str, *kinds: str) -> Path:
     arguments = [word for kind in kinds for word in ("--kind", kind)]
@@ -71,15 +73,11 @@ def test_a_new_plugin_passes_the_check(generated: Any, kind: str) -> None:
     assert {each["kind"] for each in checks} >= {KINDS[kind] if kind != "observer" else "recipes"}
 
 
-def test_the_tests_of_a_plugin_of_all_kinds_pass(generated: Any) -> None:
+def test_the_tests_of_a_plugin_of_all_kinds_pass(generated: Any, interpreters: Interpreters) -> None:
     package = generated("everything", *KINDS)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        cwd=package,
-        capture_output=True,
-        text=True,
-    )
+    program = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = interpreters.run(program, "-q", "-p", "no:cacheprovider", str(package), cwd=package, env=env)
     assert done.returncode == 0, done.stdout
     assert check_plugin("everything") == []
 

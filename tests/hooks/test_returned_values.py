@@ -210,7 +210,13 @@ def test_a_wrong_value_is_one_line(toy: Path, number: int, case: Returned, recwa
     assert [str(each.message) for each in recwarn if "never awaited" in str(each.message)] == []
 
 
-@pytest.mark.parametrize("kind", sorted({each.kind for each in RETURNED} - {"languages"}))
+CHECKED = sorted({each.kind for each in RETURNED} - {"languages"})
+FAST = ("connectors", "tasks", "vision")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(each, marks=() if each in FAST else pytest.mark.slow) for each in CHECKED]
+)
 def test_the_conformance_check_agrees(toy: Path, kind: str) -> None:
     number, case = next((number, each) for number, each in enumerate(RETURNED) if each.kind == kind)
     file = hostile(toy, number, case)
@@ -228,7 +234,7 @@ def test_every_method_of_every_kind_has_a_rule(kind: str) -> None:
         assert bool(returned_fault(kind, method, object())) is not nothing
 
 
-@pytest.mark.parametrize("keys", ["('params',)", "('params', 'weight_decay')"])
+@pytest.mark.parametrize("keys", ["('params',)", pytest.param("('params', 'weight_decay')", marks=pytest.mark.slow)])
 def test_an_optimizer_needs_only_the_keys_of_its_groups_that_it_uses(toy: Path, keys: str) -> None:
     build = f"torch.optim.SGD([{{key: group[key] for key in {keys}}} for group in groups], lr=0.1)"
     case = Returned("optimizers", "build", build, (), f"{TRAIN} -o stage1.optimizer=broken")

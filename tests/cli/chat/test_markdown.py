@@ -106,7 +106,7 @@ def test_a_table_is_aligned_if_it_fits() -> None:
 
 
 def test_code_is_highlighted_and_complete() -> None:
-    code = '```python\ndef f():\n    """doc\n    more"""\n' + "x = 1\n" * 300
+    code = '```python\ndef f():\n    """doc\n    more"""\n' + "x = 1\n" * 100
     assert plain(code) == code
     assert "\x1b[94mdef" in printed([code])
     assert plain("```nosuch\n<x>\n```\nafter") == "```nosuch\n<x>\n```\nafter\n"
