@@ -1,6 +1,6 @@
 """Runs Python programs in processes that need not import torch and transformers first, which takes seconds.
 
-``Interpreters`` starts one process, with this file as its program. It imports ``LIBRARIES`` and forks itself for every
+``Interpreters`` starts one process, with this file as its program. It imports libraries and forks itself for every
 program that it is sent. llavactl is not among them: each program imports it anew, with its own environment.
 """
 
@@ -11,12 +11,14 @@ import gc
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 LIBRARIES = (
@@ -27,72 +29,137 @@ LIBRARIES = (
 
 
 class Interpreters:
-    """Runs programs; ``close`` ends the process that they are forked from."""
+    """Starts and runs programs; ``close`` ends the process that they are forked from.
 
-    def __init__(self) -> None:
+    A program has the variables that Python and libraries read when they start from this process, but for PYTHONPATH.
+    """
+
+    def __init__(self, libraries: Sequence[str] = LIBRARIES) -> None:
+        self._libraries = libraries
         self._server: subprocess.Popen[str] | None = None
 
     def run(self, program: str, *arguments: str, cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-        """Does what ``python -c PROGRAM ARGUMENTS`` does, without input.
-
-        The variables that Python and libraries read when they start are those of this process, but for PYTHONPATH.
-        """
+        """Does what ``python -c PROGRAM ARGUMENTS`` does, without input."""
         command = [sys.executable, "-c", program, *arguments]
         if not hasattr(os, "fork"):
             return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        with tempfile.TemporaryDirectory() as folder:
-            stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-            code = self._send(
-                program=program,
-                arguments=arguments,
-                cwd=str(cwd),
-                env=dict(env),
-                stdout=str(stdout),
-                stderr=str(stderr),
-            )
-            return subprocess.CompletedProcess(command, code, stdout.read_text(), stderr.read_text())
+        with (
+            Path(os.devnull).open() as stdin,
+            tempfile.TemporaryFile("w+") as stdout,
+            tempfile.TemporaryFile("w+") as stderr,
+        ):
+            files = stdin.fileno(), stdout.fileno(), stderr.fileno()
+            code = self.start_on(files, program, *arguments, cwd=cwd, env=env).wait()
+            output = [file.read() for file in (stdout, stderr) if file.seek(0) == 0]
+        return subprocess.CompletedProcess(command, code, *output)
 
-    def _send(self, **request: object) -> int:
+    def start(self, program: str, *arguments: str, cwd: Path, env: Mapping[str, str], output: Path) -> Process:
+        """Starts what ``run`` runs; stdout and stderr are appended to ``output``."""
+        with Path(os.devnull).open() as stdin, output.open("a") as file:
+            files = stdin.fileno(), file.fileno(), file.fileno()
+            return self.start_on(files, program, *arguments, cwd=cwd, env=env)
+
+    def start_on(
+        self, files: Sequence[int], program: str, *arguments: str, cwd: Path, env: Mapping[str, str]
+    ) -> Process:
+        """Starts a program in a session of its own; needs ``os.fork``.
+
+        ``files`` are the descriptors of stdin, stdout and stderr. If stdin is a terminal, it becomes the session's.
+        """
         if self._server is None:
-            environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-            self._server = subprocess.Popen(
-                [sys.executable, __file__],
+            self._server, self._files = self._started()
+        socket.send_fds(self._files, [b"3"], files)
+        pid = self._request({"program": program, "arguments": arguments, "cwd": str(cwd), "env": dict(env)})
+        assert pid
+        return Process(pid, self._request)
+
+    def _started(self) -> tuple[subprocess.Popen[str], socket.socket]:
+        """The process, and a socket that sends it descriptors."""
+        sending, receiving = socket.socketpair()
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        with receiving:
+            server = subprocess.Popen(
+                [sys.executable, __file__, str(receiving.fileno()), *self._libraries],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 env=environment,
+                pass_fds=[receiving.fileno()],
                 start_new_session=True,  # Ctrl-C interrupts the tests, which then close it
             )
+        return server, sending
+
+    def _request(self, request: object) -> int | None:
+        assert self._server
         assert self._server.stdin
         assert self._server.stdout
         print(json.dumps(request), file=self._server.stdin, flush=True)
-        return int(self._server.stdout.readline())
+        answer: int | None = json.loads(self._server.stdout.readline())
+        return answer
 
     def close(self) -> None:
         if self._server is not None:
             self._server.communicate()
+            self._files.close()
 
 
-def serve() -> None:
-    """Forks for each request on stdin, and writes the exit code to stdout."""
+@dataclass(frozen=True)
+class Process:
+    """A started program, with the methods of ``subprocess.Popen``."""
+
+    pid: int
+    request: Callable[[object], int | None]
+
+    def poll(self) -> int | None:
+        return self.request({"pid": self.pid, "options": os.WNOHANG})
+
+    def wait(self) -> int:
+        code = self.request({"pid": self.pid, "options": 0})
+        assert code is not None
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def serve(descriptors: socket.socket) -> None:
+    """Answers each request on stdin with the id, or with the exit code, of a process."""
+    codes: dict[int, int] = {}
     for line in sys.stdin:
-        process = os.fork()
-        if process == 0:
-            exit_quickly(execute(**json.loads(line)))
-        _, status = os.waitpid(process, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        request = json.loads(line)
+        answer: int | None
+        if "program" in request:
+            _, files, *_ = socket.recv_fds(descriptors, 1, 3)
+            if not (answer := os.fork()):
+                exit_quickly(execute(files=files, **request))
+            for file in files:
+                os.close(file)
+        else:
+            answer = exit_code(codes, **request)
+        print(json.dumps(answer), flush=True)
 
 
-def execute(program: str, arguments: list[str], cwd: str, env: dict[str, str], stdout: str, stderr: str) -> int:
+def exit_code(codes: dict[int, int], pid: int, options: int) -> int | None:
+    """The exit code of the process ``pid``, or minus the signal that killed it; None while it runs."""
+    if pid not in codes:
+        ended, status = os.waitpid(pid, options)
+        if not ended:
+            return None
+        codes[pid] = os.waitstatus_to_exitcode(status)
+    return codes[pid]
+
+
+def execute(program: str, arguments: list[str], cwd: str, env: dict[str, str], files: list[int]) -> int:
     """Executes ``program`` as the main module of this process; its exit code."""
-    for descriptor, path, flags in (
-        (0, os.devnull, os.O_RDONLY),
-        (1, stdout, os.O_WRONLY | os.O_CREAT),
-        (2, stderr, os.O_WRONLY | os.O_CREAT),
-    ):
-        opened = os.open(path, flags)
-        os.dup2(opened, descriptor)
-        os.close(opened)
+    os.setsid()
+    for descriptor, file in enumerate(files):
+        os.dup2(file, descriptor)
+        os.close(file)
+    if os.isatty(0):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -122,7 +189,10 @@ def exit_quickly(code: int) -> None:
 
 
 if __name__ == "__main__":
-    for library in LIBRARIES:
+    import fcntl
+    import termios
+
+    for library in sys.argv[2:]:
         importlib.import_module(library)
     gc.freeze()
-    serve()
+    serve(socket.socket(fileno=int(sys.argv[1])))

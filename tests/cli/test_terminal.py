@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import struct
 import subprocess
-import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyte
 import pytest
 
 from llavactl.core.registry import registry
+
+from ..preloaded import Interpreters
 
 pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
 fcntl = pytest.importorskip("fcntl")
@@ -22,12 +25,36 @@ termios = pytest.importorskip("termios")
 ESCAPE = "\x1b["
 COLOR = re.compile(r"\x1b\[(\d+;)*(3[0-8]|9[0-7])(;\d+)*m")
 BOX = "│─┃━╭╰┌└"
-PROGRAM = [sys.executable, "-m", "llavactl.cli"]
+PROGRAM = "from llavactl.cli import main; main()"
 INHERITED = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES")
 BAR_VARIABLES = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
 """Set by commands that ran in this process."""
 
 LINES = 40
+
+BARS = """
+import logging, sys, time
+from llavactl.cli import _log_to_stderr
+from llavactl.cli.output import line
+from llavactl.core import progress
+
+_log_to_stderr()
+log = logging.getLogger("llavactl.test")
+kind = sys.argv[1]
+with progress.bar(40, "stage1", "step", memory=True) as bar:
+    for step in range(40):
+        time.sleep(0.04)
+        bar.advance(loss=f"{2 - step / 40:.4f}", tokens_per_s="12,345")
+        if kind == "logs" and step % 10 == 9:
+            log.info("message %d, which is longer than a narrow terminal is wide", step)
+            line(f"result {step}")
+        if kind == "nested" and step == 20:
+            with progress.bar(10, "eval scenes", "question") as inner:
+                for _ in range(10):
+                    time.sleep(0.1)
+                    inner.advance()
+print("the end", file=sys.stderr)
+"""
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -36,21 +63,20 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 class Terminal:
-    """A pseudo-terminal that runs ``command`` with it as stdin, stdout and stderr.
+    """A pseudo-terminal that runs ``python -c PROGRAM ARGUMENTS`` with it as stdin, stdout and stderr.
 
     ``raw`` is all output; ``screen`` what a user sees, by a terminal emulator.
     """
 
-    def __init__(self, command: list[str], cwd: Path, columns: int, **variables: str) -> None:
+    def __init__(
+        self, interpreters: Interpreters, cwd: Path, columns: int, program: str, *arguments: str, **variables: str
+    ) -> None:
         self.master, slave = pty.openpty()
         self.screen = pyte.HistoryScreen(columns, LINES, history=10_000)
         self.stream = pyte.ByteStream(self.screen)
         self.raw = b""
         self.resize(columns)
-        self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env=environment(**variables),
-            preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
-        )  # fmt: skip
+        self.process = interpreters.start_on([slave] * 3, program, *arguments, cwd=cwd, env=environment(**variables))
         os.close(slave)
 
     def resize(self, columns: int) -> None:
@@ -89,26 +115,35 @@ class Terminal:
         return [line.rstrip() for line in (*scrolled, *self.screen.display) if line.strip()]
 
 
-def on_terminal(*arguments: str, cwd: Path, columns: int = 60, **variables: str) -> tuple[int, str]:
-    """The exit code, and the output to a pseudo-terminal that is stdout and stderr."""
-    terminal = Terminal([*PROGRAM, *arguments], cwd, columns, **variables)
-    return terminal.exit_code(), terminal.raw.decode()
+@dataclass(frozen=True)
+class CommandLine:
+    """Runs ``llavactl ARGUMENTS``, on a terminal or piped; ``bars`` shows progress bars without a command."""
+
+    interpreters: Interpreters
+    cwd: Path
+
+    def terminal(self, *arguments: str, columns: int = 60, **variables: str) -> Terminal:
+        return Terminal(self.interpreters, self.cwd, columns, PROGRAM, *arguments, **variables)
+
+    def on_terminal(self, *arguments: str, columns: int = 60, **variables: str) -> tuple[int, str]:
+        """The exit code, and the output to a pseudo-terminal that is stdout and stderr."""
+        terminal = self.terminal(*arguments, columns=columns, **variables)
+        return terminal.exit_code(), terminal.raw.decode()
+
+    def piped(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return self.interpreters.run(PROGRAM, *arguments, cwd=self.cwd, env=environment(**variables))
+
+    def bars(self, kind: str, columns: int, script: str = BARS, **variables: str) -> Terminal:
+        return Terminal(self.interpreters, self.cwd, columns, script, kind, **variables)
 
 
-def piped(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PROGRAM, *arguments],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=cwd,
-        env=environment(**variables),
-        check=False,
-    )
+@pytest.fixture
+def command_line(interpreters: Interpreters, tmp_path: Path) -> CommandLine:
+    return CommandLine(interpreters, tmp_path)
 
 
-def test_tables_on_a_terminal_have_color_and_fit_its_width(tmp_path: Path) -> None:
-    code, shown = on_terminal("recipes", "list", cwd=tmp_path)
+def test_tables_on_a_terminal_have_color_and_fit_its_width(command_line: CommandLine) -> None:
+    code, shown = command_line.on_terminal("recipes", "list")
     assert code == 0
     assert COLOR.search(shown)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
@@ -119,8 +154,8 @@ def test_tables_on_a_terminal_have_color_and_fit_its_width(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "arguments", [("recipes", "list"), ("components",), ("components", "tasks"), ("plugins", "list")]
 )
-def test_piped_tables_are_plain_and_not_wrapped(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    done = piped(*arguments, cwd=tmp_path)
+def test_piped_tables_are_plain_and_not_wrapped(arguments: tuple[str, ...], command_line: CommandLine) -> None:
+    done = command_line.piped(*arguments)
     assert done.returncode == 0
     assert ESCAPE not in done.stdout
     assert not set(BOX) & set(done.stdout)
@@ -130,17 +165,17 @@ def test_piped_tables_are_plain_and_not_wrapped(arguments: tuple[str, ...], tmp_
     assert any(len(line) > 80 for line in done.stdout.splitlines()) or arguments == ("plugins", "list")
 
 
-def test_json_on_a_terminal_is_plain(tmp_path: Path) -> None:
-    _, shown = on_terminal("recipes", "list", "--json", cwd=tmp_path)
+def test_json_on_a_terminal_is_plain(command_line: CommandLine) -> None:
+    _, shown = command_line.on_terminal("recipes", "list", "--json")
     assert ESCAPE not in shown
-    assert shown.replace("\r\n", "\n") == piped("recipes", "list", "--json", cwd=tmp_path).stdout
+    assert shown.replace("\r\n", "\n") == command_line.piped("recipes", "list", "--json").stdout
 
 
-def test_errors_are_colored_on_a_terminal_only(tmp_path: Path) -> None:
-    code, shown = on_terminal("train", "--stage", "1", cwd=tmp_path)
+def test_errors_are_colored_on_a_terminal_only(command_line: CommandLine) -> None:
+    code, shown = command_line.on_terminal("train", "--stage", "1")
     assert code == 1
     assert COLOR.search(shown)
-    done = piped("train", "--stage", "1", cwd=tmp_path)
+    done = command_line.piped("train", "--stage", "1")
     error, hint = done.stderr.splitlines()
     assert error.startswith("error: ")
     assert hint.startswith("hint: ")
@@ -148,8 +183,8 @@ def test_errors_are_colored_on_a_terminal_only(tmp_path: Path) -> None:
     assert re.sub(r"\x1b\[[0-9;]*m", "", shown).split() == done.stderr.split()
 
 
-def test_messages_are_wrapped_between_words_but_commands_are_not(tmp_path: Path) -> None:
-    terminal = Terminal([*PROGRAM, "recipes", "show", "nosuch"], tmp_path, 40)
+def test_messages_are_wrapped_between_words_but_commands_are_not(command_line: CommandLine) -> None:
+    terminal = command_line.terminal("recipes", "show", "nosuch", columns=40)
     assert terminal.exit_code() == 1
     error, hint, *names = terminal.lines()
     assert error.startswith("error: ")
@@ -158,7 +193,7 @@ def test_messages_are_wrapped_between_words_but_commands_are_not(tmp_path: Path)
     assert all(line.startswith("      ") for line in names)
     shown = " ".join([hint, *names]).replace(",", "").split()
     assert shown[2:] == registry().names("recipes")
-    terminal = Terminal([*PROGRAM, "recipes", "check", "-r", "x.yaml", "--nope"], tmp_path, 40)
+    terminal = command_line.terminal("recipes", "check", "-r", "x.yaml", "--nope", columns=40)
     assert terminal.exit_code() == 2
     assert "hint: `llavactl recipes check --help` sh" in terminal.lines()
 
@@ -166,81 +201,56 @@ def test_messages_are_wrapped_between_words_but_commands_are_not(tmp_path: Path)
 @pytest.mark.parametrize(
     ("variables", "formatted"), [({"NO_COLOR": "1"}, True), ({"CLICOLOR": "0"}, True), ({"TERM": "dumb"}, False)]
 )
-def test_color_can_be_disabled(variables: dict[str, str], formatted: bool, tmp_path: Path) -> None:
+def test_color_can_be_disabled(variables: dict[str, str], formatted: bool, command_line: CommandLine) -> None:
     for arguments in (("recipes", "list"), ("train", "--stage", "1")):
-        _, shown = on_terminal(*arguments, cwd=tmp_path, FORCE_COLOR="1", **variables)
+        _, shown = command_line.on_terminal(*arguments, FORCE_COLOR="1", **variables)
         assert not COLOR.search(shown)
         assert "llava-v1-7b" in shown
         assert (ESCAPE in shown) == formatted
 
 
 @pytest.mark.parametrize("variables", [{"FORCE_COLOR": "1"}, {"CLICOLOR_FORCE": "1"}])
-def test_color_can_be_forced(variables: dict[str, str], tmp_path: Path) -> None:
-    listed = piped("recipes", "list", cwd=tmp_path, **variables).stdout
+def test_color_can_be_forced(variables: dict[str, str], command_line: CommandLine) -> None:
+    listed = command_line.piped("recipes", "list", **variables).stdout
     assert COLOR.search(listed)
     assert any(len(line) > 80 for line in listed.splitlines()), "not wrapped"
-    assert COLOR.search(piped("train", "--stage", "1", cwd=tmp_path, **variables).stderr)
-    assert ESCAPE not in piped("recipes", "list", "--json", cwd=tmp_path, **variables).stdout
+    assert COLOR.search(command_line.piped("train", "--stage", "1", **variables).stderr)
+    assert ESCAPE not in command_line.piped("recipes", "list", "--json", **variables).stdout
 
 
-@pytest.mark.parametrize("columns", [40, 80])
 @pytest.mark.parametrize(
-    "arguments", [("recipes", "list"), ("components",), ("components", "tasks"), ("plugins", "list")]
+    ("arguments", "columns"),
+    [
+        *itertools.product([("recipes", "list"), ("components",), ("components", "tasks")], [40, 80]),
+        (("plugins", "list"), 40),
+        pytest.param(("plugins", "list"), 80, marks=pytest.mark.slow),  # imports each plugin in a process of its own
+    ],
 )
-def test_nothing_of_a_table_is_cut_off(arguments: tuple[str, ...], columns: int, tmp_path: Path) -> None:
-    code, shown = on_terminal(*arguments, cwd=tmp_path, columns=columns)
+def test_nothing_of_a_table_is_cut_off(arguments: tuple[str, ...], columns: int, command_line: CommandLine) -> None:
+    code, shown = command_line.on_terminal(*arguments, columns=columns)
     assert code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert all(len(line.rstrip()) <= columns for line in plain.splitlines()), "wrapped by the terminal"
     import_time = re.compile(r"\d+\.\d+ s")  # differs between calls
-    complete = Counter(import_time.sub("", piped(*arguments, cwd=tmp_path).stdout))
+    complete = Counter(import_time.sub("", command_line.piped(*arguments).stdout))
     complete[" "] = complete["\n"] = 0
     assert not complete - Counter(plain)
 
 
-def test_doctor_is_wrapped_on_a_terminal_and_nowhere_else(tmp_path: Path) -> None:
-    code, shown = on_terminal("doctor", cwd=tmp_path, columns=40)
+def test_doctor_is_wrapped_on_a_terminal_and_nowhere_else(command_line: CommandLine) -> None:
+    code, shown = command_line.on_terminal("doctor", columns=40)
     assert code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert all(len(line.rstrip()) <= 40 or "/" in line for line in plain.splitlines()), "only paths are too long"
     assert re.search(r"^ *LoRA: ", plain, re.MULTILINE), "the method of each peak"
-    lines = piped("doctor", cwd=tmp_path).stdout.splitlines()
+    lines = command_line.piped("doctor").stdout.splitlines()
     assert any(line.endswith("S: sharded") and line.startswith("C:") for line in lines)
     assert not any(line.startswith(" ") for line in lines if "pip install" not in line)
 
 
-BARS = """
-import logging, sys, time
-from llavactl.cli import _log_to_stderr
-from llavactl.cli.output import line
-from llavactl.core import progress
-
-_log_to_stderr()
-log = logging.getLogger("llavactl.test")
-kind = sys.argv[1]
-with progress.bar(40, "stage1", "step", memory=True) as bar:
-    for step in range(40):
-        time.sleep(0.04)
-        bar.advance(loss=f"{2 - step / 40:.4f}", tokens_per_s="12,345")
-        if kind == "logs" and step % 10 == 9:
-            log.info("message %d, which is longer than a narrow terminal is wide", step)
-            line(f"result {step}")
-        if kind == "nested" and step == 20:
-            with progress.bar(10, "eval scenes", "question") as inner:
-                for _ in range(10):
-                    time.sleep(0.1)
-                    inner.advance()
-print("the end", file=sys.stderr)
-"""
-
-
-def bars(kind: str, cwd: Path, columns: int, **variables: str) -> Terminal:
-    return Terminal([sys.executable, "-c", BARS, kind], cwd, columns, **variables)
-
-
 @pytest.mark.parametrize("columns", [40, 80, 200])
-def test_a_progress_bar_is_one_line(columns: int, tmp_path: Path) -> None:
-    terminal = bars("plain", tmp_path, columns)
+def test_a_progress_bar_is_one_line(columns: int, command_line: CommandLine) -> None:
+    terminal = command_line.bars("plain", columns)
     terminal.read_until("2./40")
     (line,) = terminal.lines()
     assert line.startswith("stage1 ")
@@ -254,8 +264,8 @@ def test_a_progress_bar_is_one_line(columns: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 80])
-def test_messages_are_above_the_progress_bar(columns: int, tmp_path: Path) -> None:
-    terminal = bars("logs", tmp_path, columns)
+def test_messages_are_above_the_progress_bar(columns: int, command_line: CommandLine) -> None:
+    terminal = command_line.bars("logs", columns)
     assert terminal.exit_code() == 0
     shown = " ".join("".join(line.ljust(columns) for line in terminal.lines()).split())
     for step in (9, 19, 29, 39):
@@ -265,8 +275,8 @@ def test_messages_are_above_the_progress_bar(columns: int, tmp_path: Path) -> No
     assert terminal.lines()[-1] == "the end"
 
 
-def test_a_nested_bar_is_below_and_disappears(tmp_path: Path) -> None:
-    terminal = bars("nested", tmp_path, 80)
+def test_a_nested_bar_is_below_and_disappears(command_line: CommandLine) -> None:
+    terminal = command_line.bars("nested", 80)
     terminal.read_until("eval scenes")
     terminal.read_until("[2-8]/10")
     outer, inner = terminal.lines()
@@ -279,8 +289,8 @@ def test_a_nested_bar_is_below_and_disappears(tmp_path: Path) -> None:
     assert end == "the end"
 
 
-def test_a_progress_bar_follows_the_width_of_the_terminal(tmp_path: Path) -> None:
-    terminal = bars("plain", tmp_path, 100)
+def test_a_progress_bar_follows_the_width_of_the_terminal(command_line: CommandLine) -> None:
+    terminal = command_line.bars("plain", 100)
     terminal.read_until("1./40")
     assert "|" in terminal.lines()[0]
     terminal.resize(40)
@@ -296,16 +306,16 @@ def test_a_progress_bar_follows_the_width_of_the_terminal(tmp_path: Path) -> Non
     assert end == "the end"
 
 
-def test_a_short_operation_leaves_no_bar(tmp_path: Path) -> None:
+def test_a_short_operation_leaves_no_bar(command_line: CommandLine) -> None:
     script = BARS.replace("time.sleep(0.04)", "time.sleep(0.001)")
-    terminal = Terminal([sys.executable, "-c", script, "plain"], tmp_path, 80)
+    terminal = command_line.bars("plain", 80, script)
     assert terminal.exit_code() == 0
     assert "stage1" in terminal.raw.decode()
     assert terminal.lines() == ["the end"]
 
 
-def test_ctrl_c_leaves_a_clean_terminal(tmp_path: Path) -> None:
-    terminal = bars("plain", tmp_path, 80)
+def test_ctrl_c_leaves_a_clean_terminal(command_line: CommandLine) -> None:
+    terminal = command_line.bars("plain", 80)
     terminal.read_until("1./40")
     terminal.press(b"\x03")
     assert terminal.exit_code() != 0
@@ -317,16 +327,15 @@ def test_ctrl_c_leaves_a_clean_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["pipe", "dumb terminal"])
-def test_without_a_terminal_progress_is_complete_lines(how: str, tmp_path: Path) -> None:
+def test_without_a_terminal_progress_is_complete_lines(how: str, command_line: CommandLine) -> None:
     script = BARS.replace("_log_to_stderr()\nlog", "_log_to_stderr()\nprogress.FIRST_LINE_S = 0.3\nlog")
     if how == "pipe":
-        done = subprocess.run(
-            [sys.executable, "-c", script, "plain"], capture_output=True, text=True, env=environment(), check=True
-        )
+        done = command_line.interpreters.run(script, "plain", cwd=command_line.cwd, env=environment())
+        assert done.returncode == 0
         assert done.stdout == ""
         shown = done.stderr
     else:
-        terminal = Terminal([sys.executable, "-c", script, "plain"], tmp_path, 200, TERM="dumb")
+        terminal = command_line.bars("plain", 200, script, TERM="dumb")
         assert terminal.exit_code() == 0
         shown = terminal.raw.decode().replace("\r\n", "\n")
     assert "\r" not in shown
@@ -372,10 +381,14 @@ def bars_plugin(tmp_path: Path) -> dict[str, str]:
 def test_bars_of_libraries_are_shown_on_terminals_only_and_not_with_quiet(
     bars_plugin: dict[str, str], tmp_path: Path
 ) -> None:
-    code, shown = on_terminal("bars", cwd=tmp_path, **bars_plugin)
+    """In processes that haven't imported the libraries: they read variables when they are imported."""
+    interpreters = Interpreters(libraries=())
+    command_line = CommandLine(interpreters, tmp_path)
+    code, shown = command_line.on_terminal("bars", **bars_plugin)
     assert code == 0, shown
     assert "A tqdm" in shown
-    done = piped("bars", cwd=tmp_path, **bars_plugin)
+    done = command_line.piped("bars", **bars_plugin)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    code, shown = on_terminal("-q", "bars", cwd=tmp_path, **bars_plugin)
+    code, shown = command_line.on_terminal("-q", "bars", **bars_plugin)
     assert (code, shown) == (0, "")
+    interpreters.close()

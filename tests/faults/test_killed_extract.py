@@ -7,10 +7,9 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,65 +21,35 @@ from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import toy_photos, toy_records
 
+from ..preloaded import Interpreters, Process
+
 SHARDS = 40
 SHARD_IMAGES = 4
 MAX_CHANGES = 40
 """After so many observed changes of its store, an extract has finished some shards and still has many to do."""
 
-FORK_SERVER = """
-import os, sys
-import h5py, torch
-from transformers import CLIPImageProcessor, CLIPVisionModel
+PROGRAM = """
+import os
+import torch
 from llavactl.cli import main
-from llavactl.verbs import extract
 torch.set_num_threads(1)
-for line in sys.stdin:
-    first, *rest = line.rstrip("\\n").split("\\t")
-    if first == "wait":
-        print(os.waitstatus_to_exitcode(os.waitpid(int(rest[0]), 0)[1]), flush=True)
-    elif child := os.fork():
-        print(child, flush=True)
-    else:
-        os.environ["LLAVACTL_HOME"] = first
-        output = os.open(rest.pop(0), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.nice(5)  # so that the observing process can keep up
-        main(rest)
+os.nice(5)  # so that the observing process can keep up
+main()
 """
 
-
-class ForkServer:
-    """Starts llavactl by forking a process that has imported everything, in 0.2 s instead of 5."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdin
-        assert process.stdout
-        self._requests, self._replies = process.stdin, process.stdout
-
-    def start(self, home: Path, toy: Path) -> int:
-        """The id of a process that extracts the recipe in ``toy`` and writes its output to ``toy/output``."""
-        return self._call(home, toy / "output", "extract", "-r", toy / "recipe.yaml")
-
-    def wait(self, process: int) -> int:
-        """The exit code of ``process``, or minus the signal that killed it."""
-        return self._call("wait", process)
-
-    def _call(self, *words: object) -> int:
-        self._requests.write("\t".join(map(str, words)) + "\n")
-        self._requests.flush()
-        return int(self._replies.readline())
+Extracts = Callable[[Path], Process]
 
 
-@pytest.fixture(scope="module")
-def fork_server() -> Iterator[ForkServer]:
-    with subprocess.Popen(
-        [sys.executable, "-c", FORK_SERVER], env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        yield ForkServer(process)
-        assert process.stdin
-        process.stdin.close()
+@pytest.fixture
+def extracts(toy: Path, interpreters: Interpreters) -> Extracts:
+    """Starts an extraction of the recipe in ``toy`` with the given user folder; its output goes to ``toy/output``."""
+
+    def extracts(home: Path) -> Process:
+        env = {**os.environ, "LLAVACTL_HOME": str(home), "OMP_NUM_THREADS": "1"}
+        recipe = str(toy / "recipe.yaml")
+        return interpreters.start(PROGRAM, "extract", "-r", recipe, cwd=toy, env=env, output=toy / "output")
+
+    return extracts
 
 
 def recipe_with_images(toy: Path, count: int) -> Recipe:
@@ -105,15 +74,15 @@ def file_states(folder: Path) -> set[tuple[str, int, int]]:
     return states
 
 
-def kill_after(process: int, changes: int, folder: Path) -> None:
+def kill_after(process: Process, changes: int, folder: Path) -> None:
     """Send SIGKILL after ``changes`` observed changes of ``folder``, unless the process ends before."""
     last = file_states(folder)
-    while changes and Path(f"/proc/{process}/exe").exists():
+    while changes and process.poll() is None:
         time.sleep(0.0002)
         now = file_states(folder)
         changes, last = changes - (now != last), now
     if not changes:
-        os.kill(process, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
 
 
 def listed_shards(folder: Path) -> dict[str, tuple[int, int]]:
@@ -133,21 +102,19 @@ def content(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kills", [2, pytest.param(200, marks=pytest.mark.slow)])
-def test_resumed_extract_equals_uninterrupted_extract(
-    toy: Path, home: Path, fork_server: ForkServer, kills: int
-) -> None:
+def test_resumed_extract_equals_uninterrupted_extract(toy: Path, home: Path, extracts: Extracts, kills: int) -> None:
     """A store that is completed between two kills is compared and removed, and a new one is started."""
     recipe, rng = recipe_with_images(toy, SHARDS * SHARD_IMAGES), random.Random(kills)
     stores = Path("cache", "features", stage_fingerprint(recipe, 1).id)
-    assert fork_server.wait(fork_server.start(home / "uninterrupted", toy)) == 0
+    assert extracts(home / "uninterrupted").wait() == 0
     expected, folder = content(home / "uninterrupted" / stores), home / stores
     assert len(expected) == SHARDS + 2
     before: dict[str, tuple[int, int]] = {}
     changes, most_shards = MAX_CHANGES, 0
     while kills or before:
-        process = fork_server.start(home, toy)
+        process = extracts(home)
         kill_after(process, changes if kills else -1, folder)
-        code, after = fork_server.wait(process), listed_shards(folder)
+        code, after = process.wait(), listed_shards(folder)
         assert {name: after[name] for name in before} == before, "a finished shard was touched"
         if code == 0:
             assert content(folder) == expected, "the files differ"
@@ -161,11 +128,11 @@ def test_resumed_extract_equals_uninterrupted_extract(
     assert most_shards, "no kill happened after the first finished shard"
 
 
-def test_concurrent_extracts(toy: Path, home: Path, fork_server: ForkServer) -> None:
+def test_concurrent_extracts(toy: Path, home: Path, extracts: Extracts) -> None:
     """One does the work; the other is refused, or starts after the first has finished."""
     recipe = recipe_with_images(toy, 60)
-    processes = [fork_server.start(home, toy) for _ in range(2)]
-    codes = sorted(fork_server.wait(process) for process in processes)
+    processes = [extracts(home) for _ in range(2)]
+    codes = sorted(process.wait() for process in processes)
     output = (toy / "output").read_text()
     assert codes in ([0, 0], [0, 1])
     assert ("another process" in output) is (codes == [0, 1])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ..preloaded import Interpreters
+
 UNKNOWN_USER = """
 import pwd
 def getpwuid(uid):
@@ -20,12 +22,15 @@ main()
 KEPT_VARIABLES = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "OMP_NUM_THREADS", "TMPDIR")
 
 
+def variables() -> dict[str, str]:
+    return {"LLAVACTL_PLUGINS": "", **{name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}}
+
+
 def run_as_unknown_user(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``llavactl ARGUMENTS`` without HOME, as a user that has no entry in the user database."""
-    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     return subprocess.run(
         [sys.executable, "-c", UNKNOWN_USER, *arguments],
-        cwd=cwd, env={**kept, "LLAVACTL_PLUGINS": "", **environment}, capture_output=True, encoding="utf-8",
+        cwd=cwd, env={**variables(), **environment}, capture_output=True, encoding="utf-8",
     )  # fmt: skip
 
 
@@ -49,9 +54,11 @@ class TestNoHome:
         assert error.startswith("error: ")
         assert "LLAVACTL_HOME" in hint
 
-    def test_commands_without_caches_work(self, toy: Path) -> None:
+    def test_commands_without_caches_work(self, toy: Path, interpreters: Interpreters) -> None:
+        """The last one imports all libraries as this user."""
         for arguments in (["--help"], ["recipes", "check"], ["components"]):
-            assert run_as_unknown_user(*arguments, cwd=toy).returncode == 0
+            done = interpreters.run(UNKNOWN_USER, *arguments, cwd=toy, env=variables())
+            assert done.returncode == 0, done.stderr
         result = run_as_unknown_user("doctor", cwd=toy)
         assert result.returncode == 0, result.stderr
         assert "LLAVACTL_HOME" in result.stdout

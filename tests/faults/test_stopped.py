@@ -26,6 +26,8 @@ from llavactl.testing import run_cli
 from llavactl.training import loop, milestones
 from llavactl.training.metrics import read, without_measured
 
+from ..preloaded import Interpreters, Process
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows doesn't deliver these signals")
 
 NO_CHECKPOINTS = [
@@ -63,9 +65,9 @@ def started(arguments: list[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for(step: int, folder: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(step: int, folder: Path, process: subprocess.Popen[str] | Process) -> None:
     while not any(line["step"] >= step for line in read(folder / "metrics.jsonl")):
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, f"the run ended before step {step}"
         time.sleep(0.005)
 
 
@@ -77,14 +79,16 @@ def checkpoints(folder: Path) -> list[int]:
     ("end", "code", "stage"), [(signal.SIGTERM, 143, 1), pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.slow)]
 )
 def test_one_signal_saves_a_checkpoint_and_the_run_resumes(
-    toy: Path, end: signal.Signals, code: int, stage: int
+    toy: Path, interpreters: Interpreters, end: signal.Signals, code: int, stage: int
 ) -> None:
-    process = started(["llavactl", *command(toy, stage=stage)])
+    output = toy / "output"
+    program = "from llavactl.cli import main; main()"
+    process = interpreters.start(program, *command(toy, stage=stage), cwd=toy, env=os.environ, output=output)
     folder = toy / f"interrupted/stage{stage}"
     wait_for(5, folder, process)
     process.send_signal(end)
-    err = process.communicate()[1]
-    assert process.returncode == code, err
+    ended, err = process.wait(), output.read_text()
+    assert ended == code, err
     assert "Traceback" not in err
     last = read(folder / "metrics.jsonl")[-1]["step"]
     assert checkpoints(folder) == [last], "expected the checkpoint of the current step"
@@ -155,6 +159,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "before the last checkpoint": (milestones.checkpoints, "save", -1),
     "when all steps are done": (loop, "_load_best", 1),
 }
+FAST_MOMENTS = ("in a step", "before the first validation", "before the last checkpoint", "when all steps are done")
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +175,9 @@ def uninterrupted(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return folder / "stage1", {name: -counting.call for name, (_, counting) in calls.items()}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [pytest.param(each, marks=() if each in FAST_MOMENTS else pytest.mark.slow) for each in MOMENTS]
+)
 def test_signal_at_any_moment_gives_a_bit_identical_run(
     toy: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: tuple[Path, dict[str, int]], moment: str
 ) -> None:
@@ -215,7 +222,16 @@ def test_slow_batch_preparation_does_not_delay_the_stop(toy: Path, monkeypatch: 
     assert "resume after" not in result.stderr, "no checkpoint was saved"
 
 
-@pytest.mark.parametrize("where", ["initial_model", "load_split", "trial_save", "save_model", "_write_sample_answers"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("load_split", "save_model"),
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("initial_model", "trial_save", "_write_sample_answers")
+        ),
+    ],
+)
 def test_signal_outside_of_a_step_stops_at_once(toy: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     from llavactl.verbs import train
 

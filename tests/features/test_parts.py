@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,8 @@ from llavactl.features.writer import exclusive
 from llavactl.recipe.frame import Recipe
 from llavactl.verbs.cache import verify
 from llavactl.verbs.extract import extract
+
+from ..preloaded import Interpreters, Process
 
 Load = Callable[..., Recipe]
 FINGERPRINT = Fingerprint({"backbone": "toy"})
@@ -121,30 +121,39 @@ def test_files_of_dead_parts_are_removed_and_active_ones_kept() -> None:
     assert len(FeatureStore.open(FINGERPRINT)) == 1
 
 
-def start(toy: Path, index: int, count: int, *options: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(index), "WORLD_SIZE": str(count)}
-    command = [sys.executable, "-m", "llavactl", "extract", "-r", str(toy / "recipe.yaml"), "--json", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=toy)
+PROGRAM = "from llavactl.cli import main; main()"
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(toy: Path, interpreters: Interpreters) -> Start:
+    """Starts a part of the extraction of the recipe in ``toy``; its output goes to ``toy/output``."""
+
+    def start(index: int, count: int, *options: str) -> Process:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(index), "WORLD_SIZE": str(count)}
+        arguments = ("extract", "-r", str(toy / "recipe.yaml"), *options)
+        return interpreters.start(PROGRAM, *arguments, cwd=toy, env=env, output=toy / "output")
+
+    return start
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_after_a_killed_part_another_number_of_parts_completes_the_store(
-    toy: Path, recipe: Load, home: Path, monkeypatch: pytest.MonkeyPatch, count: int
+    toy: Path, start: Start, recipe: Load, home: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     fingerprint = stage_fingerprint(recipe(), 1)
-    processes = [start(toy, index, count, "-o", "features.shard_images=1") for index in range(count)]
+    processes = [start(index, count, "-o", "features.shard_images=1") for index in range(count)]
     killed = processes[-1]
     while killed.poll() is None and read_manifest(store_dir(fingerprint)) is None:
         time.sleep(0.001)
     killed.send_signal(signal.SIGKILL)
-    outputs = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes[:-1]] == [0] * (count - 1), outputs
+    codes = [process.wait() for process in processes]
+    assert codes[:-1] == [0] * (count - 1), (toy / "output").read_text()
     if count == 2:
         extract(recipe())
     else:
-        restarted = [start(toy, index, count - 1) for index in range(count - 1)]
-        outputs = [process.communicate() for process in restarted]
-        assert [process.returncode for process in restarted] == [0] * (count - 1), outputs
+        restarted = [start(index, count - 1) for index in range(count - 1)]
+        assert [process.wait() for process in restarted] == [0] * (count - 1), (toy / "output").read_text()
     by_parts = stored_features(fingerprint)
     assert verify().sound
     monkeypatch.setenv("LLAVACTL_HOME", str(home / "one-process"))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from llavactl.testing import toy_photos
 
+from ...preloaded import Interpreters
 from ..test_terminal import Terminal
+
+Start = Callable[..., Terminal]
 
 SCRIPT = """
 import sys
@@ -42,17 +45,24 @@ The **answer** is 日本語 \x1b]0;owned\x07 \x9b31m \u202e 👩\u200d👩\u200d
 """
 
 
-def start(folder: Path, columns: int = 60, *options: str, **variables: str) -> Terminal:
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), *options]
-    terminal = Terminal(command, folder, columns, LLAVACTL_HOME=str(folder / "home"), **variables)
-    terminal.read_until("/help for commands" if "--prompt" not in options else "")
-    return terminal
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "answer.md").write_text(ANSWER, encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture
+def start(folder: Path, interpreters: Interpreters) -> Start:
+    """Starts a chat with the given options and variables on a terminal of 60 columns."""
+
+    def start(*options: str, **variables: str) -> Terminal:
+        home = str(folder / "home")
+        script = (SCRIPT, str(Path(__file__).parent), *options)
+        terminal = Terminal(interpreters, folder, 60, *script, LLAVACTL_HOME=home, **variables)
+        terminal.read_until("/help for commands" if "--prompt" not in options else "")
+        return terminal
+
+    return start
 
 
 def after(terminal: Terminal, keys: bytes, pattern: str) -> str:
@@ -67,8 +77,8 @@ def after(terminal: Terminal, keys: bytes, pattern: str) -> str:
 PROMPT = r">(?:\x1b\[[0-9;?]*[a-zA-Z]|[\b\r ])*$"
 
 
-def test_answers_are_rendered_and_nothing_is_executed_or_lost(folder: Path) -> None:
-    terminal = start(folder)
+def test_answers_are_rendered_and_nothing_is_executed_or_lost(start: Start) -> None:
+    terminal = start()
     terminal.press(b"hello\r")
     terminal.read_until("line_30 ")
     terminal.resize(25)
@@ -88,8 +98,8 @@ def test_answers_are_rendered_and_nothing_is_executed_or_lost(folder: Path) -> N
     assert re.search(r"\x1b\[\d+mcomment|\x1b\[\d+m# comment", answer), "highlighted"
 
 
-def test_ctrl_c_stops_an_answer_and_ctrl_d_exits(folder: Path) -> None:
-    terminal = start(folder)
+def test_ctrl_c_stops_an_answer_and_ctrl_d_exits(start: Start) -> None:
+    terminal = start()
     terminal.press(b"hello\r")
     terminal.read_until("line_3 ")
     after(terminal, b"typed\x03\x03\x03", f"interrupted[^>]*{PROMPT}")
@@ -104,8 +114,8 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_exits(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("answering", [False, True])
-def test_sigterm_ends_the_conversation(folder: Path, answering: bool) -> None:
-    terminal = start(folder)
+def test_sigterm_ends_the_conversation(start: Start, answering: bool) -> None:
+    terminal = start()
     if answering:
         terminal.press(b"hello\r")
         terminal.read_until("line_3 ")
@@ -115,10 +125,10 @@ def test_sigterm_ends_the_conversation(folder: Path, answering: bool) -> None:
     assert terminal.exit_code() == 143
 
 
-def test_lines_are_edited(folder: Path) -> None:
+def test_lines_are_edited(folder: Path, start: Start) -> None:
     (folder / "answer.md").write_text("done", encoding="utf-8")
     toy_photos(folder / "my photos", 1)
-    terminal = start(folder)
+    terminal = start()
     after(terminal, b"/im\tmy\tph\t\r", "image 1: photo-000.jpg")
     after(terminal, b"first\\\rsecond\x1b\rthird\r", "done")
     after(terminal, b"\x1b[200~pasted\nlines\n\x1b[201~\r", "done")
@@ -133,23 +143,23 @@ def test_lines_are_edited(folder: Path) -> None:
     assert "my photos/photo-000.jpg" in saved
     history = folder / "home/data/chat-history"
     assert history.stat().st_mode & 0o777 == 0o600
-    terminal = start(folder)
+    terminal = start()
     after(terminal, b"\x1b[A\x1b[A", "ave x.json")
     terminal.press(b"\x03\x04")
     assert terminal.exit_code() == 0
 
 
-def test_an_unwritable_home_has_no_history(folder: Path) -> None:
+def test_an_unwritable_home_has_no_history(folder: Path, start: Start) -> None:
     (folder / "home").write_text("a file")
-    terminal = start(folder)
+    terminal = start()
     after(terminal, b"hello\r", f"line_{LINES - 1} ")
     terminal.press(b"/quit\r")
     assert terminal.exit_code() == 0
 
 
 @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_answers_are_plain_without_color(folder: Path, variables: dict[str, str]) -> None:
-    terminal = start(folder, 60, "--prompt", "x", **variables)
+def test_answers_are_plain_without_color(start: Start, variables: dict[str, str]) -> None:
+    terminal = start("--prompt", "x", **variables)
     assert terminal.exit_code() == 0
     shown = terminal.raw.decode().replace("\r\n", "\n")
     assert "**answer**" in shown
@@ -157,9 +167,9 @@ def test_answers_are_plain_without_color(folder: Path, variables: dict[str, str]
     assert "\x1b" not in shown
 
 
-def test_a_dumb_terminal_reads_lines(folder: Path) -> None:
+def test_a_dumb_terminal_reads_lines(folder: Path, start: Start) -> None:
     (folder / "answer.md").write_text("done", encoding="utf-8")
-    terminal = start(folder, TERM="dumb")
+    terminal = start(TERM="dumb")
     after(terminal, b"hello\n", r"done\s+> $")
     after(terminal, b"\x03", r"> $")
     after(terminal, b"again\n", r"done\s+> $")
