@@ -364,6 +364,14 @@ class TestChat:
         assert (here / "pages/index.html").read_text() == "<p>\n"
         assert "pages/index.html" in result.stderr
 
+    def test_saved_code_replaces_files_only_if_told(self, opened: MagicMock, here: Path) -> None:
+        for number, options in enumerate(((), (), ("--force",))):
+            prompt = f"\n```html\n{number}\n```"
+            run_cli("chat", "--prompt", prompt, "--save-code", "pages", *options, cwd=here)
+        texts = {file.name: file.read_text() for file in (here / "pages").iterdir()}
+        assert texts == {"index.html": "2\n", "index-2.html": "1\n"}
+        assert run_cli("chat", "--prompt", "x", "--force", cwd=here).exit_code == 2
+
     def test_the_browser_needs_a_plugin(self, opened: MagicMock, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         called: list[Any] = []
 

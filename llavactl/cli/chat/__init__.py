@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,6 +99,7 @@ log = logging.getLogger(__name__)
     type=click.Path(file_okay=False, path_type=Path),
     help="Save each code block of the answers to its own file in DIR.",
 )
+@click.option("--force", is_flag=True, help="Replace existing files in the folder of --save-code.")
 @click.option(
     "--explain",
     is_flag=True,
@@ -135,6 +137,7 @@ def command(
     template: str | None,
     system: str | None,
     save_code: Path | None,
+    force: bool,
     explain: bool,
     dtype: Dtype | None,
     quantize: Literal["4", "8"] | None,
@@ -157,6 +160,8 @@ def command(
         raise click.UsageError("--batch can't be combined with --explain or --compile")
     if as_json and batch is None and prompt is None:
         raise click.UsageError("--json requires --prompt or --batch")
+    if force and save_code is None:
+        raise click.UsageError("--force requires --save-code")
     from llavactl.cli.chat import line_input
 
     prompt = line_input.piped_text() if prompt == "-" else prompt
@@ -177,22 +182,23 @@ def command(
     conversation = chat.open_chat(recipe, model, template, dtype=dtype, quantize=bits, compiled=compiled)
     conversation.system = system or ""
     chosen = changed(conversation.assistant.sampling, given)
+    save = _saver(save_code, overwrite=force)
     if batch is not None:
         answers = chat.answer_batch(conversation.assistant, records, chosen, system=conversation.system)
         _print_batch(answers, as_json)
-        _save(save_code, *(str(answer["answer"]) for answer in answers))
+        save(*(str(answer["answer"]) for answer in answers))
     elif prompt is None:
-        _converse(conversation, opened, chosen, save_code, explain=explain)
+        _converse(conversation, opened, chosen, save, explain=explain)
     elif as_json:
         report = chat.answer_prompt(conversation, prompt, opened, chosen)
         maps = {"explanation": chat.explanation(conversation)} if explain else {}
         output.document({**asdict(replace(report, images=images)), **maps})
-        _save(save_code, report.answer)
+        save(report.answer)
     else:
         answer = _stream(conversation, prompt, opened, chosen)
         if explain:
             print_maps(conversation)
-        _save(save_code, answer)
+        save(answer)
 
 
 def _print_batch(answers: list[dict[str, Any]], as_json: bool) -> None:
@@ -212,19 +218,20 @@ def _stream(conversation: Conversation, prompt: str, images: Sequence[ImageRef],
     return answer.text
 
 
-def _save(folder: Path | None, *answers: str) -> None:
+def _saver(folder: Path | None, *, overwrite: bool) -> Callable[..., None]:
+    """Saves the code of answers to ``folder``; None: does nothing."""
+    if folder is None:
+        return lambda *_answers: None
     from llavactl.cli.chat.saved_code import save_code_of
 
-    if folder is not None:
-        for answer in answers:
-            save_code_of(answer, folder)
+    return functools.partial(save_code_of, folder=folder, overwrite=overwrite)
 
 
 def _converse(
     conversation: Conversation,
     images: Sequence[ImageRef],
     sampling: Sampling,
-    save_code: Path | None,
+    save_code: Callable[[str], None],
     *,
     explain: bool,
 ) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -15,7 +14,6 @@ from llavactl.cli import boundary
 from llavactl.cli.chat import arguments
 from llavactl.cli.chat.answers import no_echo, print_answer
 from llavactl.cli.chat.maps import print_maps
-from llavactl.cli.chat.saved_code import save_code_of
 from llavactl.cli.chat.slash_commands import COMMANDS, QuitError, parse
 from llavactl.core import stopping
 from llavactl.core.errors import LlavactlError
@@ -40,7 +38,7 @@ class Repl:
         new: Callable[..., Conversation],
         sampling: Sampling,
         *,
-        save_code: Path | None = None,
+        save_code: Callable[[str], None] = lambda _answer: None,
         explain: bool = False,
         is_edited: bool = False,
     ) -> None:
@@ -153,8 +151,7 @@ class Repl:
                 self.pending = []
         if self._explain and any(turn.images for turn in self.conversation.turns):
             print_maps(self.conversation)
-        if self._save_code is not None:
-            save_code_of(stream.text, self._save_code)
+        self._save_code(stream.text)
 
     def add_images(self, names: Sequence[str]) -> None:
         """Adds images to the next question; each is encoded at once, and reported."""
