@@ -53,10 +53,18 @@ class Interpreters:
             output = [file.read() for file in (stdout, stderr) if file.seek(0) == 0]
         return subprocess.CompletedProcess(command, code, *output)
 
-    def start(self, program: str, *arguments: str, cwd: Path, env: Mapping[str, str], output: Path) -> Process:
-        """Starts what ``run`` runs; stdout and stderr are appended to ``output``."""
-        with Path(os.devnull).open() as stdin, output.open("a") as file:
-            files = stdin.fileno(), file.fileno(), file.fileno()
+    def start(
+        self,
+        program: str,
+        *arguments: str,
+        cwd: Path,
+        env: Mapping[str, str],
+        output: Path,
+        errors: Path | None = None,
+    ) -> Process:
+        """Starts what ``run`` runs; stdout is appended to ``output``, stderr to ``errors`` or to the same file."""
+        with Path(os.devnull).open() as stdin, output.open("a") as stdout, (errors or output).open("a") as stderr:
+            files = stdin.fileno(), stdout.fileno(), stderr.fileno()
             return self.start_on(files, program, *arguments, cwd=cwd, env=env)
 
     def start_on(
