@@ -21,11 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+WITHOUT_HUB = (
+    *("click", "h5py", "PIL.Image", "pluggy", "pydantic", "yaml"),
+    *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
+)
+"""Libraries that don't import huggingface_hub, which reads its variables when it is imported."""
+
 LIBRARIES = (
-    "click", "h5py", "PIL.Image", "pluggy", "pydantic", "yaml", "torch._dynamo", "torch.distributed.checkpoint",
-    "torch.distributed.fsdp", "transformers.models.auto.modeling_auto", "transformers.models.clip.modeling_clip",
-    "transformers.models.llama.modeling_llama",
-)  # fmt: skip
+    *WITHOUT_HUB,
+    *(f"transformers.models.{each}" for each in ("auto.modeling_auto", "clip.modeling_clip", "llama.modeling_llama")),
+)
 
 
 class Interpreters:
