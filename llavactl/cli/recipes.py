@@ -124,24 +124,34 @@ def check(
     this machine (without GPUs: in its memory), or on GPUs of --device-memory, are warnings. For models that aren't on
     this machine, this is known only if a stored prediction covers the recipe.
     """
-    from llavactl.verbs.plan import MemoryCheck, check_memory
     from llavactl.verbs.preflight import problems
 
     source = _source(recipe, source)
     found = problems(source, overrides)
-    memory = MemoryCheck([], []) if found else check_memory(source, overrides, device_memory, devices)
-    for warning in memory.warnings:
-        log.warning("%s", warning)
-    if memory.note:
-        log.info("%s", memory.note)
+    document: dict[str, Any] = {"ok": not found, "problems": [asdict(problem) for problem in found]}
+    if not found:
+        document |= _memory(source, overrides, device_memory, devices)
     if as_json:
-        document: dict[str, Any] = {"ok": not found, "problems": [asdict(problem) for problem in found]}
-        optional = {"warnings": memory.warnings, "memory_not_checked": memory.not_checked}
-        output.document({**document, **{key: value for key, value in optional.items() if value}})
+        output.document(document)
     else:
         output.lines([str(problem) for problem in found] or [f"{source or 'recipe.yaml'}: ok"])
     if found:
         ctx.exit(1)
+
+
+def _memory(
+    source: str | None, overrides: tuple[str, ...], device_memory: int | None, devices: int | None
+) -> dict[str, Any]:
+    """Logs whether the stages fit; the part of the JSON document about it."""
+    from llavactl.verbs.plan import check_memory  # which imports torch
+
+    memory = check_memory(source, overrides, device_memory, devices)
+    for warning in memory.warnings:
+        log.warning("%s", warning)
+    if memory.note:
+        log.info("%s", memory.note)
+    found = {"warnings": memory.warnings, "memory_not_checked": memory.not_checked}
+    return {key: value for key, value in found.items() if value}
 
 
 @command.command(

@@ -121,7 +121,14 @@ GREEDY = [Sampling(max_new_tokens=limit) for limit in (9, 30, 4, 17, 1, 12)]
 SAMPLED = [replace(each, temperature=1.0 + seed / 5, top_p=0.9, seed=seed) for seed, each in enumerate(GREEDY)]
 
 
-@pytest.mark.parametrize("samplings", [GREEDY, SAMPLED, [*GREEDY[:3], *SAMPLED[3:]]], ids=["greedy", "sampled", "both"])
+@pytest.mark.parametrize(
+    "samplings",
+    [
+        pytest.param(GREEDY, id="greedy", marks=pytest.mark.slow),
+        pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow),
+        pytest.param([*GREEDY[:3], *SAMPLED[3:]], id="both"),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_equal_those_of_the_same_conversation_alone(toys: Path, family: str, samplings: list[Sampling]) -> None:
     assistant = assistant_of(toys, family)

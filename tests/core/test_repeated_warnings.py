@@ -44,7 +44,7 @@ def untidy(toy: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [("extract", "--dry-run"), ("run", "-o", "stage1.epochs=1", "-o", "stage2.epochs=1")]
+    "command", [("extract", "--dry-run"), ("run", "-o", "stage1.max_steps=1", "-o", "stage2.max_steps=1")]
 )
 def test_steps_that_read_the_same_data_do_not_repeat_its_warnings(untidy: Path, command: tuple[str, ...]) -> None:
     for _ in range(2):

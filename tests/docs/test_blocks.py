@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -19,6 +17,8 @@ from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import check
 from llavactl.recipe.specs import ConnectorSpec, VisionSpec
 from llavactl.testing import check_connector, check_source
+
+from ..preloaded import Interpreters
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
@@ -152,7 +152,7 @@ def test_the_reference_describes_every_key_of_the_frame(model: type[BaseModel]) 
         assert all(row.split("|")[-2].strip() for row in rows), f"{key} has no description"
 
 
-def test_the_plugin_of_the_docs_works(tmp_path: Path) -> None:
+def test_the_plugin_of_the_docs_works(tmp_path: Path, interpreters: Interpreters) -> None:
     """Writes the files to the paths in their first lines, with the metadata of an installed package."""
     files = [
         param.values[0]
@@ -172,14 +172,8 @@ def test_the_plugin_of_the_docs_works(tmp_path: Path) -> None:
     (test,) = (text for _, text in files if "def test_" in text)
     (tmp_path / "run.py").write_text(f"{test}\n\n{CHECKS}")
     alone = {"PYTHONPATH": str(tmp_path), "LLAVACTL_HOME": str(tmp_path / "home"), "LLAVACTL_STRICT_PLUGINS": "1"}
-    done = subprocess.run(
-        [sys.executable, "run.py"],
-        cwd=tmp_path,
-        env={**os.environ, **alone},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    program = "import runpy; runpy.run_path('run.py', run_name='__main__')"
+    done = interpreters.run(program, cwd=tmp_path, env={**os.environ, **alone})
     assert done.returncode == 0, done.stderr
 
 

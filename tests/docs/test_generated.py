@@ -3,9 +3,8 @@
 import dataclasses
 import inspect
 import json
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,8 @@ import pytest
 import llavactl
 from llavactl.core import hookspecs, protocols
 from llavactl.core.builtin_plugin import COMMANDS
+
+from ..preloaded import Interpreters
 
 ROOT = Path(__file__).parents[2]
 GENERATE = ROOT / "docs" / "generate.py"
@@ -22,16 +23,19 @@ CLI = (REFERENCE / "cli.md").read_text()
 HOOKS = [name for name, each in vars(hookspecs).items() if hasattr(each, "llavactl_spec")]
 
 
-def generator(code: str) -> str:
-    """The output of ``code`` in a subprocess; ``m`` are the names in docs/generate.py."""
+def generator(interpreters: Interpreters, code: str) -> str:
+    """The output of ``code`` in another process; ``m`` are the names in docs/generate.py."""
     script = f"import runpy; m = runpy.run_path({str(GENERATE)!r}); {code}"
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    done = interpreters.run(script, cwd=ROOT, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_the_pages_are_up_to_date() -> None:
+def test_the_pages_are_up_to_date(interpreters: Interpreters) -> None:
     stale = generator(
+        interpreters,
         "read = lambda page: (m['ROOT'] / page).read_text(); "
-        "print(*(page for page in m['PAGES'] if m['filled'](read(page)) != read(page)))"
+        "print(*(page for page in m['PAGES'] if m['filled'](read(page)) != read(page)))",
     )
     assert stale.split() == [], "run `make docs`"
 
@@ -92,10 +96,12 @@ def test_every_key_and_option_has_a_description() -> None:
     assert [row for row in rows if not row.split(" | ")[-1].strip("| ")] == []
 
 
-def test_an_outdated_page_is_regenerated() -> None:
+def test_an_outdated_page_is_regenerated(interpreters: Interpreters) -> None:
     page = "a\n<!-- generated: recipes -->\nold\n<!-- end: recipes -->\nb\n"
     once, twice = json.loads(
-        generator(f"import json; once = m['filled']({page!r}); print(json.dumps([once, m['filled'](once)]))")
+        generator(
+            interpreters, f"import json; once = m['filled']({page!r}); print(json.dumps([once, m['filled'](once)]))"
+        )
     )
     assert "old" not in once
     assert twice == once
