@@ -107,6 +107,7 @@ _MODULES = {
     "check_image_root": "llavactl.images.references",
     "component_identity": "llavactl.core.identity",
     "data_dir": "llavactl.core.paths",
+    "download_public": "llavactl.images.public_urls",
     "evaluate": "llavactl.api",
     "export": "llavactl.api",
     "extract": "llavactl.api",

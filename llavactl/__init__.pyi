@@ -109,6 +109,7 @@ from llavactl.core.schema import Text as Text
 from llavactl.core.schema import Turn as Turn
 from llavactl.evaluation.significance import wilson as wilson
 from llavactl.images.image_file import ImageFile as ImageFile
+from llavactl.images.public_urls import download_public as download_public
 from llavactl.images.references import ImageBytes as ImageBytes
 from llavactl.images.references import ImageLocation as ImageLocation
 from llavactl.images.references import ImageRoot as ImageRoot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     from llavactl.chat.conversation import Conversation
     from llavactl.chat.explain import Explanation
+
+log = logging.getLogger(__name__)
 
 SHADES, ASCII_SHADES = " ░▒▓█", " .:*#"
 WORDS = 4
@@ -31,7 +34,7 @@ def print_maps(conversation: Conversation) -> None:
     encoding = (sys.stderr.encoding or "").lower().replace("-", "")
     for line in map_lines(explanation, SHADES if encoding == "utf8" else ASCII_SHADES):
         click.echo(line, err=True)
-    click.echo(explanation.limits, err=True)
+    log.info("%s", explanation.limits)
 
 
 def map_lines(explanation: Explanation, shades: str = SHADES) -> list[str]:

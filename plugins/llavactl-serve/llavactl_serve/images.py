@@ -7,10 +7,12 @@ import binascii
 import re
 from typing import Any
 
-from llavactl import DataError, image_from_bytes
+from llavactl import DataError, download_public, image_from_bytes
 
 from .errors import ApiError
-from .fetching import FetchError, fetched
+
+MAX_URL_BYTES = 20 << 20
+"""Of an image that is downloaded."""
 
 _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[^;,]*)*(;base64)?,", re.IGNORECASE)
 
@@ -39,9 +41,9 @@ def image_at(url: str, where: str, *, allow_urls: bool) -> Any:
         )
     else:
         try:
-            data = fetched(url)
-        except FetchError as error:
-            raise refused(f"the image can't be downloaded: {error}", "image_download_failed") from None
+            data = download_public(url, MAX_URL_BYTES)
+        except DataError as error:
+            raise refused(f"the image can't be downloaded: {error.message}", "image_download_failed") from None
     try:
         return image_from_bytes(data, where)
     except DataError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import socket
 import threading
 import time
 import zlib
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llavactl_serve import fetching
 from PIL import Image
 
 from llavactl import Assistant
@@ -143,9 +141,8 @@ def web() -> Iterator[str]:
 
 @pytest.fixture
 def local_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
-    is_public = fetching.is_public
-    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
-    monkeypatch.setattr(fetching, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr("llavactl.images.public_urls.is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("llavactl.images.public_urls.TIMEOUT_S", 1.0)
 
 
 @pytest.mark.usefixtures("local_is_public")
@@ -175,21 +172,3 @@ def test_private_addresses_are_not_reached(client: Client, web: str) -> None:
         response = client(allow_urls=True).post(URL, json=body(user(image_part(f"http://{host}:{port}/image.jpg"))))
         assert response.status_code == 400
         assert response.json()["error"]["code"] == "image_download_failed"
-
-
-LOCAL = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"]
-RESERVED = ["224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1"]
-EMBEDDED = ["::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1"]
-
-
-@pytest.mark.parametrize("address", [*LOCAL, *RESERVED, *EMBEDDED])
-def test_local_and_reserved_addresses_are_not_public(address: str) -> None:
-    assert not fetching.is_public(address)
-
-
-def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (ip, 80)) for ip in ("8.8.8.8", "10.0.0.1")]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_options: addresses)
-    assert fetching.is_public("8.8.8.8")
-    with pytest.raises(fetching.FetchError, match="public"):
-        fetching.fetched("http://mixed.example/")

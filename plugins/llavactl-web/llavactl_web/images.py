@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl import DataError, ImageRef
-
-from .fetching import download
+from llavactl import DataError, ImageRef, download_public
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -140,4 +138,4 @@ def image_at(url: str, *, allow_urls: bool) -> bytes:
     """
     if not allow_urls:
         raise DataError("images by URL are disabled", hint="start with --allow-urls")
-    return download(url.strip(), MAX_BYTES)
+    return download_public(url.strip(), MAX_BYTES)

@@ -3,13 +3,12 @@
 import base64
 import io
 import json
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llavactl_web import fetching, images
+from llavactl_web import images
 from PIL import Image
 
 from llavactl import DataError
@@ -105,65 +104,3 @@ def test_urls(url: str) -> None:
         embedded(url)
     with pytest.raises(DataError, match="public"):
         embedded(url, allow_urls=True)
-
-
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("93.184.216.34", True),
-        ("2606:2800:220:1:248:1893:25c8:1946", True),
-        *((address, False) for address in (
-            "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
-            "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fd00::1", "::ffff:93.184.216.34",
-            "64:ff9b::7f00:1", "2002:7f00:1::1", "fe80::1%eth0",
-        )),
-    ],
-)  # fmt: skip
-def test_public_addresses(address: str, public: bool) -> None:
-    assert fetching.is_public(address) is public
-
-
-class Served:
-    """A local server that answers every request with ``reply``."""
-
-    def __init__(self, reply: bytes) -> None:
-        import threading
-
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.requests: list[bytes] = []
-
-        def run() -> None:
-            while True:
-                try:
-                    peer = self.listening.accept()[0]
-                except OSError:
-                    return
-                with peer:
-                    self.requests.append(peer.recv(65536))
-                    peer.sendall(reply)
-
-        threading.Thread(target=run, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.listening.getsockname()[1]}/a.png"
-
-
-def test_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = Served(b"HTTP/1.1 200 OK\r\n\r\nsecret")
-    outer = Served(b"HTTP/1.1 302 Found\r\nLocation: http://[::1]/\r\n\r\n")
-    with pytest.raises(DataError, match="public"):
-        fetching.download(inner.url, 100)
-    assert inner.requests == []
-    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
-    assert fetching.download(inner.url, 100) == b"secret"
-    with pytest.raises(DataError, match="larger"):
-        fetching.download(inner.url, 3)
-    with pytest.raises(DataError):
-        fetching.download(outer.url, 100)  # a redirect to an address that isn't public
-    for url in ("ftp://127.0.0.1/a", "file:///etc/passwd", "http://", "http://127.0.0.1:99999/", "x"):
-        with pytest.raises(DataError):
-            fetching.download(url, 100)
-    for served in (inner, outer):
-        served.listening.shutdown(socket.SHUT_RDWR)
-        served.listening.close()

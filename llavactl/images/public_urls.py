@@ -1,4 +1,4 @@
-"""Downloads of images from public addresses, with limits."""
+"""Downloads for untrusted users: from public addresses only, with limits of size and time."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ import time
 from collections.abc import Iterator
 from urllib.parse import urljoin, urlsplit
 
-MAX_BYTES = 20 << 20
+from llavactl.core.errors import DataError
+
 TIMEOUT_S = 10.0
 MAX_REDIRECTS = 3
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
-class FetchError(Exception):
-    """A URL that is not downloaded."""
+def download_public(url: str, max_bytes: int) -> bytes:
+    """The content at the http(s) ``url``, which an untrusted user has named; directly and not through a proxy.
 
-
-def fetched(url: str) -> bytes:
-    """The content at the http(s) ``url``, directly and not through a proxy.
+    Addresses of this machine and of private networks are refused, also if a redirect or a second resolution of the
+    name leads there.
 
     Raises:
-        FetchError: an address that isn't public, in a redirect as well; an error; a limit.
+        DataError: such an address; a network error; more than ``max_bytes``, TIMEOUT_S or MAX_REDIRECTS.
     """
     deadline = time.monotonic() + TIMEOUT_S
     try:
         for _ in range(MAX_REDIRECTS + 1):
-            content, target = _get(url, deadline)
+            content, target = _get(url, deadline, max_bytes)
             if target is None:
                 return content
             url = urljoin(url, target)
-        raise FetchError(f"more than {MAX_REDIRECTS} redirects")
+        raise DataError(f"more than {MAX_REDIRECTS} redirects")
     except TimeoutError:
-        raise FetchError(f"no answer within {TIMEOUT_S:g} s") from None
+        raise DataError(f"no answer within {TIMEOUT_S:g} s") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise FetchError(str(getattr(error, "strerror", None) or error) or type(error).__name__) from None
+        raise DataError(str(getattr(error, "strerror", None) or error) or type(error).__name__) from None
 
 
-def _get(url: str, deadline: float) -> tuple[bytes, str | None]:
+def _get(url: str, deadline: float, max_bytes: int) -> tuple[bytes, str | None]:
     """The content at ``url``, or the location that it redirects to."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise FetchError("not an http(s) URL")
+        raise DataError("not an http(s) URL")
     port = parts.port or (443 if parts.scheme == "https" else 80)
     connection = http.client.HTTPConnection(parts.hostname, port)
     connection.sock = _connected(parts.hostname, port, deadline)
@@ -63,10 +63,10 @@ def _get(url: str, deadline: float) -> tuple[bytes, str | None]:
             if response.status in _REDIRECTS and (target := response.getheader("Location")):
                 return b"", target
             if response.status != http.client.OK:
-                raise FetchError(f"HTTP {response.status}")
-            content = response.read(MAX_BYTES + 1)
-            if len(content) > MAX_BYTES:
-                raise FetchError(f"larger than {MAX_BYTES >> 20} MiB")
+                raise DataError(f"HTTP {response.status}")
+            content = response.read(max_bytes + 1)
+            if len(content) > max_bytes:
+                raise DataError(f"larger than {max_bytes >> 20} MiB")
             return content, None
     finally:
         connection.close()
@@ -105,7 +105,7 @@ def _connected(host: str, port: int, deadline: float) -> socket.socket:
     """
     addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not all(map(is_public, addresses)):
-        raise FetchError("not a public address")
+        raise DataError("not a public address")
     return socket.create_connection((addresses[0], port), timeout=_remaining(deadline))
 
 
