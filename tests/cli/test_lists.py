@@ -149,8 +149,7 @@ class TestComponents:
         assert run_cli("components", "connector").exit_code == 2
 
 
-def test_plugins_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLAVACTL_PLUGINS", "")
+def test_plugins_list() -> None:
     first = run_cli("plugins", "list", "--json").json()[0]
     assert (first["name"], first["module"], first["error"]) == ("llavactl", "llavactl.core.builtin_plugin", "")
     assert run_cli("plugins", "list").stdout.startswith("llavactl ")
