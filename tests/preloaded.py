@@ -21,11 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+WITHOUT_HUB = (
+    *("click", "h5py", "PIL.Image", "pluggy", "pydantic", "yaml"),
+    *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
+)
+"""Libraries that don't import huggingface_hub, which reads its variables when it is imported."""
+
 LIBRARIES = (
-    "click", "h5py", "PIL.Image", "pluggy", "pydantic", "yaml", "torch._dynamo", "torch.distributed.checkpoint",
-    "torch.distributed.fsdp", "transformers.models.auto.modeling_auto", "transformers.models.clip.modeling_clip",
-    "transformers.models.llama.modeling_llama",
-)  # fmt: skip
+    *WITHOUT_HUB,
+    *(f"transformers.models.{each}" for each in ("auto.modeling_auto", "clip.modeling_clip", "llama.modeling_llama")),
+)
 
 
 class Interpreters:
@@ -53,10 +58,18 @@ class Interpreters:
             output = [file.read() for file in (stdout, stderr) if file.seek(0) == 0]
         return subprocess.CompletedProcess(command, code, *output)
 
-    def start(self, program: str, *arguments: str, cwd: Path, env: Mapping[str, str], output: Path) -> Process:
-        """Starts what ``run`` runs; stdout and stderr are appended to ``output``."""
-        with Path(os.devnull).open() as stdin, output.open("a") as file:
-            files = stdin.fileno(), file.fileno(), file.fileno()
+    def start(
+        self,
+        program: str,
+        *arguments: str,
+        cwd: Path,
+        env: Mapping[str, str],
+        output: Path,
+        errors: Path | None = None,
+    ) -> Process:
+        """Starts what ``run`` runs; stdout is appended to ``output``, stderr to ``errors`` or to the same file."""
+        with Path(os.devnull).open() as stdin, output.open("a") as stdout, (errors or output).open("a") as stderr:
+            files = stdin.fileno(), stdout.fileno(), stderr.fileno()
             return self.start_on(files, program, *arguments, cwd=cwd, env=env)
 
     def start_on(

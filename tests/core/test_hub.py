@@ -7,13 +7,15 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from ..preloaded import WITHOUT_HUB, Interpreters
+
+PROGRAM = "from llavactl.cli import main; main()"
 COMMIT = "0" * 40
 RETRY = "Retrying"
 """Part of huggingface_hub's messages about further attempts."""
@@ -47,18 +49,22 @@ def hub(request: pytest.FixtureRequest) -> Iterator[Hub]:
     hub.listener.close()
 
 
-def command(*arguments: str, cwd: Path, endpoint: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """``llavactl ARGUMENTS`` with the hub at ``endpoint``."""
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[Command]:
+    """Runs ``llavactl ARGUMENTS`` in ``cwd`` with the hub at ``endpoint``."""
+    interpreters = Interpreters(WITHOUT_HUB)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_OFF"))}
-    environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cwd / "hub"), "HF_HUB_ETAG_TIMEOUT": "1", **variables}
-    return subprocess.run(
-        [sys.executable, "-m", "llavactl", *arguments],
-        cwd=cwd,
-        env={**inherited, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+    def command(*arguments: str, cwd: Path, endpoint: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cwd / "hub"), "HF_HUB_ETAG_TIMEOUT": "1", **variables}
+        home = {"LLAVACTL_HOME": os.environ["LLAVACTL_HOME"]}  # of the test
+        return interpreters.run(PROGRAM, *arguments, cwd=cwd, env={**inherited, **home, **settings})
+
+    yield command
+    interpreters.close()
 
 
 def cached(toy: Path, model: str) -> str:
@@ -73,7 +79,7 @@ def cached(toy: Path, model: str) -> str:
 @pytest.mark.parametrize(
     "hub", [None, pytest.param(b"", marks=pytest.mark.slow), b"HTTP/1.1 503 Unavailable\r\n\r\n"], indirect=True
 )
-def test_a_model_that_is_not_cached(toy: Path, hub: Hub) -> None:
+def test_a_model_that_is_not_cached(toy: Path, command: Command, hub: Hub) -> None:
     result = command("extract", "-o", "vision.model=some/model", cwd=toy, endpoint=hub.url)
     assert result.returncode == 1
     (error, hint) = result.stderr.splitlines()
@@ -84,7 +90,7 @@ def test_a_model_that_is_not_cached(toy: Path, hub: Hub) -> None:
     assert len(hub.connections) == 1
 
 
-def test_cached_models_are_used(toy: Path, hub: Hub) -> None:
+def test_cached_models_are_used(toy: Path, command: Command, hub: Hub) -> None:
     models = ("--vision", cached(toy, "clip"), "--language", cached(toy, "language"))
     result = command("init", "--data", "records.json", *models, "--to", "new.yaml", cwd=toy, endpoint=hub.url)
     assert result.returncode == 0, result.stderr
@@ -94,7 +100,7 @@ def test_cached_models_are_used(toy: Path, hub: Hub) -> None:
     assert len(hub.connections) == 1
 
 
-def test_a_hub_that_refuses_connections(toy: Path) -> None:
+def test_a_hub_that_refuses_connections(toy: Path, command: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     result = command("chat", "--model", "some/model", "--prompt", "hi", cwd=toy, endpoint=url)
@@ -103,7 +109,7 @@ def test_a_hub_that_refuses_connections(toy: Path) -> None:
     assert url in result.stderr
 
 
-def test_offline_mode_asks_nothing(toy: Path, hub: Hub) -> None:
+def test_offline_mode_asks_nothing(toy: Path, command: Command, hub: Hub) -> None:
     options = ("-o", f"vision.model={cached(toy, 'clip')}")
     result = command("extract", *options, cwd=toy, endpoint=hub.url, HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr
