@@ -30,6 +30,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All loss curves are one image, except in tests of reports: drawing is a fifth of the time of a toy's training."""
+    if "/report/" in request.node.nodeid:
+        return
+    from llavactl.report import plots
+
+    draw = plots._draw_loss  # keeps what it has drawn
+    monkeypatch.setattr(plots, "_draw_loss", lambda *_series: draw((1.0, 2.0), (2.0, 1.0), (), (), plots.LIGHT))
+
+
 @pytest.fixture
 def small_disk() -> Iterator[Callable[[Path, str], None]]:
     """Mounts a tmpfs: ``small_disk(folder, "size=64k")``; a second call changes it: ``"remount,size=1m"``.

@@ -443,7 +443,9 @@ def test_defaults_of_a_machine_without_gpu(project: Path, monkeypatch: pytest.Mo
     assert default_models(cuda=False) == (DEMO_MODELS if installed else HUB_MODELS)
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in ("-r", "a\tb") else pytest.param(name, marks=pytest.mark.slow) for name in ODD_NAMES]
+)
 def test_odd_names_of_folders(name: str, project: Path) -> None:
     captioned(project / name)
     (project / "sub").mkdir()

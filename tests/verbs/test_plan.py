@@ -136,6 +136,7 @@ def test_a_stage_fits_with_the_options_of_each_hint(
         assert plan([*given, *changes], *counts).fits, options
 
 
+@pytest.mark.slow
 def test_a_refusal_names_the_smallest_peak_and_its_placement(toy: Path) -> None:
     toy_language(toy / "wide", width=192)
     auto = ["stage2.init=scratch", "stage2.precision=bfloat16", f"language.model={toy / 'wide'}"]

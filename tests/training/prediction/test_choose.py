@@ -114,6 +114,7 @@ def test_alternatives_fit_with_the_options_that_they_name(predictor) -> None:
         assert choose(predicted, again, Target(True, target.memory_bytes, count))[1], each.options
 
 
+@pytest.mark.slow
 def test_training_plans_its_steps_only_if_the_longest_micro_batch_would_not_fit(
     toy: Path, predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

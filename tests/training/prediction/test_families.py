@@ -113,6 +113,7 @@ def test_a_step_that_fails_is_a_typed_error(toy: Path, capfd: pytest.CaptureFixt
     assert failed.value.hint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mpt", "mixtral"])
 def test_no_hint_names_a_method_that_the_model_does_not_have(toy: Path, family: str) -> None:
     predictor = _predictor(toy, family, "stage2.lora.dropout=0.05", "stage2.micro_batch_tokens=64")
