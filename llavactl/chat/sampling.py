@@ -27,9 +27,9 @@ class SamplingOptions(TypedDict, total=False):
 
 _RULES = {
     "max_new_tokens": ("an integer ≥ 1", lambda value: _is_integer(value) and value >= 1),
-    "temperature": ("a number ≥ 0", lambda value: _is_number(value) and value >= 0),
+    "temperature": ("a finite number ≥ 0", lambda value: _is_number(value) and value >= 0),
     "top_p": ("a number > 0 and ≤ 1", lambda value: _is_number(value) and 0 < value <= 1),
-    "seed": ("an integer ≥ 0", lambda value: _is_integer(value) and 0 <= value <= MAX_SEED),
+    "seed": (f"an integer from 0 to {MAX_SEED}", lambda value: _is_integer(value) and 0 <= value <= MAX_SEED),
 }
 
 

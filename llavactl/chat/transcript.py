@@ -19,6 +19,9 @@ from llavactl.core.paths import write_json
 from llavactl.core.schema import Content, ImageRef, Turn
 from llavactl.images.decode import read
 
+MAX_BYTES = 1 << 30
+"""Of a conversation file, which is read into memory with its images."""
+
 _HINT = "`/save FILE` of chat writes such files"
 
 
@@ -38,6 +41,10 @@ def load_turns(file: Path) -> list[Turn]:
         DataError: not a conversation, or an image can't be read; names the message.
     """
     try:
+        if file.exists() and not file.is_file():
+            raise DataError(f"{file}: not a file", hint=_HINT)  # reading a pipe or a device may never end
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise DataError(f"{file}: {size:,} bytes, more than {MAX_BYTES:,}", hint=_HINT)
         document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}") from error

@@ -49,7 +49,8 @@ def expand_user(path: str | Path) -> Path:
     try:
         return Path(path).expanduser() if str(path).startswith("~") else Path(path)
     except RuntimeError as error:
-        raise LlavactlError(f"{path}: {error}", hint="give an absolute path") from error
+        why = "there is no such user, or no home folder"
+        raise LlavactlError(f"{path}: {why}", hint=f"give an absolute path, or ./{path} for a file here") from error
 
 
 _LIBRARIES = {"HF_HOME": "huggingface", "MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from llavactl.chat import transcript
 from llavactl.chat.inputs import open_image
 from llavactl.chat.transcript import load_turns, save_turns
 from llavactl.core.errors import DataError
@@ -78,3 +80,14 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
     for name in ("missing.json", "binary", "."):
         with pytest.raises(DataError):
             load_turns(tmp_path / name)
+
+
+def test_pipes_devices_and_huge_files_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(DataError, match="not a file"):
+            load_turns(file)
+    (tmp_path / "large.json").write_text(" " * 20)
+    monkeypatch.setattr(transcript, "MAX_BYTES", 10)
+    with pytest.raises(DataError, match="more than"):
+        load_turns(tmp_path / "large.json")

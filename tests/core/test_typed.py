@@ -60,7 +60,7 @@ def test_every_public_dataclass_is_tested() -> None:
     public = {each for name in llavactl.__all__ if dataclasses.is_dataclass(each := getattr(llavactl, name))}
     not_from_plugins = {
         *(llavactl.Assistant, llavactl.ImageSlot, llavactl.Problem, llavactl.Progress, llavactl.Sampling),
-        llavactl.SentencePieceVocabulary,
+        *(llavactl.SentencePieceVocabulary, llavactl.Explanation),
     }
     assert public - {type(instance) for instance in VALID} <= not_from_plugins
 

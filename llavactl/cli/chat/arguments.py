@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,13 +117,17 @@ def _is_image(name: str) -> bool:
 
 
 def _local(name: str) -> str:
-    return local_path(name) if is_file_url(name) else str(expand_user(name)) if name.startswith("~") else name
+    if is_file_url(name):
+        return local_path(name)
+    with contextlib.suppress(LlavactlError):  # as in a shell, the ~ of an unknown user is part of the name
+        return str(expand_user(name)) if name.startswith("~") else name
+    return name
 
 
 def _exists(name: str) -> bool:
     try:
         return Path(_local(name)).is_file()
-    except (OSError, ValueError, LlavactlError):  # too long, with a NUL, of an unknown user
+    except (OSError, ValueError):  # too long, with a NUL
         return False
 
 
@@ -133,10 +138,11 @@ def completions(text: str) -> Iterator[tuple[int, str, str]]:
     folder, slash, begin = word.text.rpartition("/")
     try:
         entries = sorted(os.scandir(_local(folder + slash) or "."), key=lambda entry: entry.name)
-    except (OSError, ValueError, LlavactlError):
+    except (OSError, ValueError):
         return
     for entry in entries:
         if entry.name.startswith(begin) and (begin or not entry.name.startswith(".")):
             end = "/" if entry.is_dir() else ""
-            name = quoted(folder + slash + entry.name + end)
+            here = "./" if entry.name.startswith("~") and not folder + slash else ""
+            name = quoted(here + folder + slash + entry.name + end)
             yield word.start, name.removesuffix("'") if end else name, entry.name + end

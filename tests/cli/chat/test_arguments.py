@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavactl.cli.chat.arguments import completions, quoted, words
+from llavactl.cli.chat.arguments import completions, files, quoted, words
 
 
 @given(st.lists(st.text("ab '\"\\\n\tä", min_size=1)))
@@ -48,3 +48,12 @@ def test_a_name_is_completed_with_its_quotes(tmp_path: Path, monkeypatch: pytest
     assert completed("my.png ") == ["my.png 'my dir/", "my.png my.png", "my.png other\x1b.png"]
     assert completed("nosuch/") == completed("a\0/") == []
     assert completed(".h") == [".hidden"]
+
+
+def test_the_tilde_of_an_unknown_user_is_part_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~nobody.png").touch()
+    for begin in ("", "~no"):
+        assert [name for _, name, _ in completions(begin)] == ["./~nobody.png"]
+    for line in ("~nobody.png", "\\~nobody.png", "./~nobody.png"):
+        assert [Path(name).resolve() for name in files(line)] == [tmp_path / "~nobody.png"]
