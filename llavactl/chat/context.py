@@ -55,6 +55,18 @@ def fit(assistant: Assistant, turns: Sequence[Turn], left_out: int, max_new_toke
     )
 
 
+def check_fits(assistant: Assistant, turns: Sequence[Turn], what: str) -> None:
+    """Raises a DataError that names ``what`` unless the prompt of ``turns`` leaves context for an answer."""
+    limit = context_length(assistant.model.language)
+    if limit is None:
+        return
+    tokens = assistant.min_tokens(turns)
+    if tokens < limit:
+        tokens = len(assistant.prompt(turns))
+    if tokens >= limit:
+        raise DataError(f"{what} has {tokens:,} tokens or more with its images, the model's context {limit:,}")
+
+
 def without_oldest(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:
     """``turns`` without the first ``count`` after the system prompt; their images move to the next question."""
     rest = after_system(turns)

@@ -120,7 +120,9 @@ def _batch_record(entry: JsonEntry, where: str, base: Path) -> BatchRecord:
     record = entry.value
     if entry.problem:
         raise DataError(f"{where}: {entry.problem}", hint=_BATCH_HINT)
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a mapping", hint=_BATCH_HINT)
+    if not isinstance(record.get("prompt"), str):
         raise DataError(f"{where}: `prompt` is missing or not a string", hint=_BATCH_HINT)
     if not record["prompt"].strip():
         raise DataError(f"{where}: `prompt` is empty", hint=_BATCH_HINT)

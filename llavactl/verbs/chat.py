@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llavactl.chat.context import check_fits
 from llavactl.chat.conversation import Conversation
 from llavactl.chat.inputs import BatchRecord, user_content
 from llavactl.chat.loading import Dtype, load_assistant
@@ -83,9 +84,15 @@ def answer_prompt(
 def answer_batch(
     assistant: Assistant, records: Sequence[BatchRecord], sampling: Sampling, *, system: str = ""
 ) -> list[dict[str, Any]]:
-    """``records`` in order, each with its ``answer``; ``system`` replaces the template's system prompt."""
+    """``records`` in order, each with its ``answer``; ``system`` replaces the template's system prompt.
+
+    Raises:
+        DataError: a prompt exceeds the model's context; raised before any is answered.
+    """
     answers: list[str] = []
     first = (Turn("system", (system,)),) * bool(system)
+    for number, (_, content) in enumerate(records, 1):
+        check_fits(assistant, (*first, Turn("user", content)), f"prompt {number} of the batch")
     for start in range(0, len(records), BATCH_SIZE):
         conversations = [(*first, Turn("user", content)) for _, content in records[start : start + BATCH_SIZE]]
         answers += assistant.answer(conversations, sampling)

@@ -10,6 +10,7 @@ import pytest
 
 from llavactl.chat.inputs import read_batch
 from llavactl.core.errors import DataError
+from llavactl.testing import run_cli, toy_model
 
 
 def batch(toys: Path, tmp_path: Path, *records: Any) -> list[list[str]]:
@@ -48,3 +49,13 @@ def test_an_invalid_record_is_refused_with_its_line(toys: Path, tmp_path: Path, 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl"):
         read_batch(tmp_path / "none.jsonl")
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_any_is_answered(tmp_path: Path) -> None:
+    toy_model(tmp_path)
+    prompts = ("What?", "What is it? " * 1000)
+    (tmp_path / "batch.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    refused = run_cli("chat", "--model", "model", "--batch", "batch.jsonl", cwd=tmp_path)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "prompt 2" in refused.stderr
+    assert "2,048" in refused.stderr

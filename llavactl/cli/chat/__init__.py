@@ -16,6 +16,7 @@ from llavactl.cli.chat.browser import chat_in_browser
 from llavactl.cli.chat.maps import print_maps
 from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
+from llavactl.core.errors import DataError
 
 if TYPE_CHECKING:
     from llavactl.chat.conversation import Conversation
@@ -162,6 +163,8 @@ def command(
         raise click.UsageError("--json requires --prompt or --batch")
     if force and save_code is None:
         raise click.UsageError("--force requires --save-code")
+    if explain and prompt is not None and not images:
+        raise DataError("there is nothing to explain: no image", hint="add --image FILE")
     from llavactl.cli.chat import line_input
 
     prompt = line_input.piped_text() if prompt == "-" else prompt

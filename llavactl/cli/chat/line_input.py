@@ -44,7 +44,13 @@ def reader(commands: Mapping[str, bool], settings: Sequence[str]) -> tuple[Read,
     def read(_text: str) -> str | None:
         if prompt:
             click.echo(prompt, nl=False, err=True)
-        return next(lines, None)
+        line = None
+        try:
+            line = next(lines, None)
+        finally:
+            if prompt and line is None:  # Ctrl-C or Ctrl-D
+                click.echo(err=True)
+        return line
 
     return read, False
 
@@ -117,12 +123,13 @@ def _edited(stream: TextIO, commands: Mapping[str, bool], settings: Sequence[str
 
 
 def _key_bindings() -> Any:
-    """Enter asks; Alt-Enter, or Enter after a backslash, starts a new line."""
+    """Enter asks, or takes what a search has found; Alt-Enter, or Enter after a backslash, starts a new line."""
+    from prompt_toolkit.filters import is_searching
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     bindings = KeyBindings()
 
-    @bindings.add("enter")
+    @bindings.add("enter", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if buffer.document.text_before_cursor.endswith("\\") and buffer.document.is_cursor_at_the_end:

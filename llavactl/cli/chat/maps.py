@@ -41,7 +41,8 @@ def map_lines(explanation: Explanation, shades: str = SHADES) -> list[str]:
     """The occlusion and attention maps of the last image, side by side for WORDS words of the answer."""
     words = explanation.most_visual(WORDS)
     height, width = words[0].occlusion[-1].shape
-    lines = _row(["", *(word.text for word in words)], 2 * width)
+    lines = [f"the last of {count} images:"] if (count := len(explanation.images)) > 1 else []
+    lines += _row(["", *(word.text for word in words)], 2 * width)
     lines += _grids("occlusion", [word.occlusion[-1] for word in words], shades)
     if all(word.attention is not None for word in words):
         coarse = [_coarse(word.attention[-1], height, width) for word in words if word.attention is not None]
