@@ -51,7 +51,7 @@ def load_turns(file: Path) -> list[Turn]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON: {error}", hint=_HINT) from error
     messages = document.get("messages") if isinstance(document, dict) else document
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list):
         raise DataError(f"{file}: `messages` is not a list of messages", hint=_HINT)
     turns: list[Turn] = []
     for number, message in enumerate(messages, 1):

@@ -166,7 +166,11 @@ class Handlers:
             setup = self.setup
             checked.write(images.with_images_embedded(text, allow_urls=setup.allow_urls, allow_files=setup.allow_files))
             checked.flush()
-            session.start([load_turns(setup, Path(checked.name))])
+            try:
+                session.start([load_turns(setup, Path(checked.name))])
+            except LlavactlError as error:
+                message = error.message.replace(checked.name, Path(file).name)
+                raise LlavactlError(message, hint=error.hint) from error
             question = session.last_question
             session.title = " ".join(question.text.split()) if question else "Loaded"
             _saved(session)
