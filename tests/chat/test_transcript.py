@@ -63,6 +63,7 @@ def test_a_list_of_messages_is_accepted(tmp_path: Path, messages: list[Any]) -> 
         json.dumps([{"role": "tool", "content": ""}]), json.dumps([{"role": "user"}]),
         json.dumps([{"role": "user", "content": [3]}]),
         json.dumps([{"role": "user", "content": [{"type": "image", "image": "missing.png"}]}, ASSISTANT]),
+        json.dumps([{"role": "user", "content": [{"type": "image", "image": "HTTP://127.0.0.1:9/a.png"}]}, ASSISTANT]),
         json.dumps([{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}, ASSISTANT]),
         '[{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": ""}]',
     ],
