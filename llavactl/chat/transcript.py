@@ -15,7 +15,7 @@ from typing import Any
 
 from llavactl.chat.inputs import OpenedImage, open_image
 from llavactl.core.errors import DataError
-from llavactl.core.locations import is_url, shortened
+from llavactl.core.locations import is_file_url, is_url, shortened
 from llavactl.core.paths import write_json
 from llavactl.core.schema import Content, ImageRef, Turn
 from llavactl.images.decode import read
@@ -108,7 +108,9 @@ def _part(part: Any, base: Path) -> Content:
         case {"type": "text", "text": str(text)}:
             return text
         case {"type": "image", "image": str(name)}:
-            if is_url(name):  # a file of somebody else must not make this machine request anything
+            if is_url(name) and not is_file_url(
+                name
+            ):  # a file of somebody else must not make this machine request anything
                 raise DataError(f"the image is a URL: {shortened(name)}", hint="download it, and name its file")
             return open_image(name, base)
     raise DataError('expected parts {"type": "text", "text": …} or {"type": "image", "image": …}')
