@@ -10,6 +10,7 @@ import base64
 import importlib.util
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -88,6 +89,16 @@ def llama_folder(folder: Path, *, legacy: bool) -> Path:
     return folder
 
 
+def llama_tokenizer(folder: Path, *, legacy: bool) -> Any:
+    """llavactl's tokenizer of ``llama_folder``. Only the first call for ``legacy`` converts the vocabulary."""
+    if legacy not in _pickled:
+        _pickled[legacy] = pickle.dumps(language(llama_folder(folder, legacy=legacy)))
+    return pickle.loads(_pickled[legacy])
+
+
+_pickled: dict[bool, bytes] = {}
+
+
 def with_prepend_normalizer(tokenizer: Any) -> Any:
     """The tokenizer as older versions of transformers save it: the normalizer prepends the leading space."""
     from tokenizers import normalizers
@@ -119,7 +130,7 @@ def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if not MODEL.is_file():
         pytest.skip("no SentencePiece model installed: see tests/vocabularies.txt")
     legacy = request.param != "not-legacy"
-    tokenizer = language(llama_folder(tmp_path_factory.mktemp("llama") / "model", legacy=legacy))
+    tokenizer = llama_tokenizer(tmp_path_factory.mktemp("llama") / "model", legacy=legacy)
     if request.param == "prepend":
         tokenizer = with_prepend_normalizer(tokenizer)
     return Vocabulary(tokenizer, sentencepiece_reference(legacy))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ from llavactl.evaluation import runner
 from llavactl.evaluation.processes import SINGLE_PROCESS
 from llavactl.testing import run_cli
 
+from ..preloaded import Interpreters
+
 WORDS = ("eval", "scenes", "-t", "scenes=3", "-o", "eval.max_new_tokens=4", "--json")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")
+MAIN = "from llavactl.cli import main; main()"
 
 
 @pytest.fixture
@@ -27,20 +28,30 @@ def run(toy: Path) -> Path:
     return toy
 
 
-def evaluate_in_two_processes(folder: Path) -> Any:
-    launched = subprocess.run(
-        [*TORCHRUN, "-m", "llavactl", *WORDS],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    return json.loads(launched.stdout)
+def evaluate_in_two_processes(interpreters: Interpreters, folder: Path) -> Any:
+    """The report of the first of two processes with the variables that torchrun sets."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    output, errors = [folder / f"{rank}.out" for rank in (0, 1)], [folder / f"{rank}.err" for rank in (0, 1)]
+    processes = [
+        interpreters.start(
+            MAIN,
+            *WORDS,
+            cwd=folder,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            output=output[rank],
+            errors=errors[rank],
+        )
+        for rank in (0, 1)
+    ]
+    assert [process.wait() for process in processes] == [0, 0], [file.read_text()[-3000:] for file in errors]
+    assert not output[1].read_text()
+    return json.loads(output[0].read_text())
 
 
-def test_two_processes_give_the_result_of_one(run: Path) -> None:
+def test_two_processes_give_the_result_of_one(interpreters: Interpreters, run: Path) -> None:
     """Answers in part files of a killed run with another number of processes are not generated again."""
     single = run_cli(*WORDS, cwd=run).json()
     answers = Path(single["answers"])
@@ -50,7 +61,7 @@ def test_two_processes_give_the_result_of_one(run: Path) -> None:
     marked = {**json.loads(lines[0]), "text": "kept from before"}
     part = answers.with_name(f"{answers.name}.2.part")
     part.write_text(json.dumps(marked) + "\n" + lines[1][:9])
-    report = evaluate_in_two_processes(run)
+    report = evaluate_in_two_processes(interpreters, run)
     assert report["n"] == single["n"] == 18
     baseline = {file.name for file in answers.parent.glob("scenes*")} - {answers.name}
     assert [name.endswith(".jsonl") for name in baseline] == [True]

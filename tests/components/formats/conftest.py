@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llavactl.evaluation.verification.script import BLOCK_LLAVACTL
+from llavactl.evaluation.verification.verify import verify
+
+from ...preloaded import Interpreters
+
 SHAPE = {"grid": [2, 2], "width": 32, "prefix": 0}
 
 Make = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def forked_verification(interpreters: Interpreters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification scripts run in forks of a process that has imported torch and transformers, which takes seconds."""
+
+    def run(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
+        return interpreters.run(BLOCK_LLAVACTL, *map(str, (script, *arguments)), cwd=tmp_path, env=os.environ)
+
+    monkeypatch.setattr("llavactl.verbs.export.verify", partial(verify, run=run))
 
 
 @pytest.fixture

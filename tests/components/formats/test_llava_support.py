@@ -22,7 +22,14 @@ from llavactl.model.imported import resolve
 from llavactl.testing import run_cli
 from llavactl.testing.toys import toy_language
 
-from ..conftest import MODEL, language, llama_folder, sentencepiece_reference, with_prepend_normalizer
+from ..conftest import (
+    MODEL,
+    language,
+    llama_folder,
+    llama_tokenizer,
+    sentencepiece_reference,
+    with_prepend_normalizer,
+)
 from .conftest import Make
 from .families import language_of
 from .test_export import written
@@ -46,7 +53,7 @@ class TestTokenizer:
         """tokenizer.model encodes like the original one, and transformers 5 reads the same tokenizer."""
         from sentencepiece import SentencePieceProcessor
 
-        tokenizer = language(llama_folder(tmp_path / "llama", legacy=legacy))
+        tokenizer = llama_tokenizer(tmp_path / "llama", legacy=legacy)
         save_tokenizer(tokenizer, tmp_path / "out", fast=False)
         config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
         assert (config["tokenizer_class"], config["legacy"]) == ("LlamaTokenizer", legacy)
@@ -65,7 +72,7 @@ class TestTokenizer:
 
     @real
     def test_added_tokens_are_kept(self, tmp_path: Path) -> None:
-        tokenizer = language(llama_folder(tmp_path / "llama", legacy=True))
+        tokenizer = llama_tokenizer(tmp_path / "llama", legacy=True)
         tokenizer.add_tokens(["<box>"], special_tokens=True)
         tokenizer.add_tokens(["blorp"])
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -113,7 +120,7 @@ class TestTokenizer:
     def test_a_special_token_may_be_part_of_merges(self, tmp_path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        tokenizer = language(llama_folder(tmp_path / "llama", legacy=True))
+        tokenizer = llama_tokenizer(tmp_path / "llama", legacy=True)
         tokenizer.add_special_tokens({"additional_special_tokens": ["▁the"]})
         save_tokenizer(tokenizer, tmp_path / "out", fast=False)
         made = SentencePieceProcessor(model_file=str(tmp_path / "out/tokenizer.model"))
@@ -124,7 +131,7 @@ class TestTokenizer:
     def test_byte_tokens_may_be_special(self, tmp_path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        tokenizer = language(llama_folder(tmp_path / "llama", legacy=True))
+        tokenizer = llama_tokenizer(tmp_path / "llama", legacy=True)
         tokenizer.add_special_tokens({"additional_special_tokens": [f"<0x{byte:02X}>" for byte in range(256)]})
         save_tokenizer(tokenizer, tmp_path / "out", fast=False)
         made = SentencePieceProcessor(model_file=str(tmp_path / "out/tokenizer.model"))
@@ -132,7 +139,7 @@ class TestTokenizer:
 
     @real
     def test_single_word_tokens_are_refused(self, tmp_path: Path) -> None:
-        tokenizer = language(llama_folder(tmp_path / "llama", legacy=True))
+        tokenizer = llama_tokenizer(tmp_path / "llama", legacy=True)
         tokenizer.add_tokens([AddedToken("blorp", single_word=True)])
         with pytest.raises(ModelError, match="blorp"):
             save_tokenizer(tokenizer, tmp_path / "out", fast=False)
@@ -155,7 +162,7 @@ class TestTokenizer:
 
     @real
     def test_tokenizers_of_older_transformers(self, tmp_path: Path) -> None:
-        tokenizer = with_prepend_normalizer(language(llama_folder(tmp_path / "llama", legacy=True)))
+        tokenizer = with_prepend_normalizer(llama_tokenizer(tmp_path / "llama", legacy=True))
         save_tokenizer(tokenizer, tmp_path / "out", fast=False)
         again = AutoTokenizer.from_pretrained(tmp_path / "out")
         assert all(again(text)["input_ids"] == tokenizer(text)["input_ids"] for text in TEXTS)
@@ -203,7 +210,7 @@ class TestTokenizer:
 
     @real
     def test_fast_llama_tokenizers_must_be_legacy(self, tmp_path: Path) -> None:
-        tokenizer = language(llama_folder(tmp_path / "llama", legacy=False))
+        tokenizer = llama_tokenizer(tmp_path / "llama", legacy=False)
         with pytest.raises(ModelError, match="legacy"):
             save_tokenizer(tokenizer, tmp_path / "out", fast=True)
 

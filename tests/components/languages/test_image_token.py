@@ -16,7 +16,7 @@ from llavactl.data.encode import Encoding
 from llavactl.data.image_order import arrange
 from llavactl.images.image_file import ImageFile
 
-from ..conftest import MODEL, language, llama_folder, with_prepend_normalizer
+from ..conftest import MODEL, language, llama_folder, llama_tokenizer, with_prepend_normalizer
 
 Q = 4
 IMAGE, OTHER_IMAGE = ImageFile("/photos", "a.jpg"), ImageFile("/photos", "b.jpg")
@@ -25,7 +25,7 @@ WORDS = ["What is it? A dog, and a cat.", "USER: Which colour?\nASSISTANT: Red a
 
 
 def sentencepiece(legacy: bool) -> Callable[[Path], Any]:
-    return lambda folder: language(llama_folder(folder / "llama", legacy=legacy))
+    return lambda folder: llama_tokenizer(folder / "llama", legacy=legacy)
 
 
 def _fast(backend: Any, **more: Any) -> Any:

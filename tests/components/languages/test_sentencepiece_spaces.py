@@ -20,13 +20,20 @@ TEXTS = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def extended(llama: Vocabulary) -> Vocabulary:
+    """``llama`` with added tokens."""
+    tokenizer = copy.deepcopy(llama.tokenizer)
+    tokenizer.add_tokens([AddedToken(each, normalized=False) for each in ADDED])
+    return Vocabulary(tokenizer, llama.reference)
+
+
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("split", [False, True])
-def test_spaces_around_added_tokens(llama: Vocabulary, text: str, split: bool) -> None:
+def test_spaces_around_added_tokens(extended: Vocabulary, text: str, split: bool) -> None:
     """LLaVA's slow tokenizer splits text at added tokens and encodes each part with SentencePiece."""
-    tokenizer, reference = copy.deepcopy(llama.tokenizer), llama.reference
+    tokenizer, reference = extended.tokenizer, extended.reference
     assert reference is not None
-    tokenizer.add_tokens([AddedToken(each, normalized=False) for each in ADDED])
     wanted = []
     for at, part in enumerate(re.split(f"({'|'.join(ADDED)})", f"{text}\n")):
         if part in ADDED:
