@@ -34,60 +34,63 @@ def forked_verification(interpreters: Interpreters, tmp_path: Path, monkeypatch:
 
 @pytest.fixture
 def native(toys: Path, tmp_path: Path) -> Make:
-    """``native(name, connector=…, method=…, …)``: a model folder of llavactl."""
+    """``native(name, connector=…, method=…, …)``: a model folder of llavactl in the test's folder."""
+    return partial(native_model, toys, tmp_path)
 
-    def make(
-        name: str,
-        *,
-        connector: str = "mlp2x-gelu",
-        method: str = "full",
-        template: str = "vicuna-v1",
-        image: str = "pad",
-        precision: str = "float32",
-        select: str = "patch",
-        language: Path | None = None,
-        attention: str = "sdpa",
-    ) -> Path:
-        import torch
-        from peft import LoraConfig, get_peft_model
 
-        from llavactl.core.schema import FeatureShape
-        from llavactl.model import folder as model_folder
-        from llavactl.model.build import build
+def native_model(
+    toys: Path,
+    parent: Path,
+    name: str,
+    *,
+    connector: str = "mlp2x-gelu",
+    method: str = "full",
+    template: str = "vicuna-v1",
+    image: str = "pad",
+    precision: str = "float32",
+    select: str = "patch",
+    language: Path | None = None,
+    attention: str = "sdpa",
+) -> Path:
+    """A model folder ``name`` of llavactl in ``parent``, with the components of ``toys`` and random weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
 
-        shape = SHAPE if select == "patch" else {**SHAPE, "prefix": 1}
-        language_spec = {"name": "hf", "model": str(language or toys / "language"), "attention": attention}
-        features = FeatureShape((2, 2), 32, int(shape["prefix"]))
-        parts = build({"name": connector}, language_spec, features, dtype=precision, seed=3)
-        if method == "lora":
-            torch.manual_seed(4)
-            config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-            parts.model.language = get_peft_model(parts.model.language, config, autocast_adapter_dtype=False)
-            for parameter, weight in parts.model.language.named_parameters():
-                if "lora_B" in parameter:
-                    torch.nn.init.normal_(weight, std=0.1)
-        folder = tmp_path / name
-        clip = {"name": "clip", "model": str(toys / "clip"), "layer": -2, "select": select, "image": image}
-        description = {
-            "stage": 1 if method == "connector" else 2,
-            "method": method,
-            "vision": clip,
-            "features": {"dtype": "float16", "compute": "float32"},
-            "fingerprint": None,
-            "connector": {"name": connector},
-            "language": language_spec,
-            "image_order": "first",
-            "precision": precision,
-            "digest": name,
-            "versions": {},
-            "shape": shape,
-            "template": template,
-        }
-        weights = {key: value.float() for key, value in parts.model.connector.state_dict().items()}
-        model_folder.save(folder, parts, weights, description)
-        return folder
+    from llavactl.core.schema import FeatureShape
+    from llavactl.model import folder as model_folder
+    from llavactl.model.build import build
 
-    return make
+    shape = SHAPE if select == "patch" else {**SHAPE, "prefix": 1}
+    language_spec = {"name": "hf", "model": str(language or toys / "language"), "attention": attention}
+    features = FeatureShape((2, 2), 32, int(shape["prefix"]))
+    parts = build({"name": connector}, language_spec, features, dtype=precision, seed=3)
+    if method == "lora":
+        torch.manual_seed(4)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        parts.model.language = get_peft_model(parts.model.language, config, autocast_adapter_dtype=False)
+        for parameter, weight in parts.model.language.named_parameters():
+            if "lora_B" in parameter:
+                torch.nn.init.normal_(weight, std=0.1)
+    folder = parent / name
+    clip = {"name": "clip", "model": str(toys / "clip"), "layer": -2, "select": select, "image": image}
+    description = {
+        "stage": 1 if method == "connector" else 2,
+        "method": method,
+        "vision": clip,
+        "features": {"dtype": "float16", "compute": "float32"},
+        "fingerprint": None,
+        "connector": {"name": connector},
+        "language": language_spec,
+        "image_order": "first",
+        "precision": precision,
+        "digest": name,
+        "versions": {},
+        "shape": shape,
+        "template": template,
+    }
+    weights = {key: value.float() for key, value in parts.model.connector.state_dict().items()}
+    model_folder.save(folder, parts, weights, description)
+    return folder
 
 
 @pytest.fixture

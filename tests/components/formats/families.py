@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SMALL = {
     "hidden_size": 64,
@@ -95,6 +98,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("Falcon", {"new_decoder_architecture": False, "multi_query": True}),
     "gpt-oss": ("GptOss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **LAYERS}),
 }
+
+FAST = {
+    "llama", "llama-tied", "llama-rope", "mistral", "qwen2", "gemma3", "granite-unscaled", "gpt2", "gpt-neox", "mpt",
+    "gpt-oss", "phi", "cohere", "minicpm-like", "opt-projected",
+}  # fmt: skip
+"""Families that differ most: in names of tensors, tied heads, attention, scales, and the reason of a refusal."""
+
+
+def families(names: Collection[str] = FAMILIES) -> list[Any]:
+    """Parameters of a test: ``names``, slow except those in ``FAST``."""
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
 
 
 def language_of(family: str, toy: Path, folder: Path, dtype: str = "float32", **more: Any) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,24 @@ from llavactl.model import folder as model_folder
 from llavactl.model.imported import resolve
 from llavactl.testing import run_cli
 
-from .conftest import Make
-from .families import EAGER, FAMILIES, REFUSED, language_of
+from .conftest import Make, native_model
+from .families import EAGER, REFUSED, families, language_of
 from .test_export import exported, written
 
 
-def make_model(native: Make, toys: Path, tmp_path: Path, family: str, **more: Any) -> Path:
-    language = language_of(family, toys / "language", tmp_path / "language", **more)
-    # With an adapter, the language model stays in its folder and keeps its attention implementation.
-    settings = {"method": "lora", "attention": "eager"} if family in EAGER else {}
-    return native("ours", language=language, **settings)
+@pytest.fixture(scope="module")
+def model_of(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``model_of(family)``: the model folder of a language model of ``family``; don't write into it."""
+
+    @cache
+    def make(family: str) -> Path:
+        parent = tmp_path_factory.mktemp(family)
+        language = language_of(family, toys / "language", parent / "language")
+        # With an adapter, the language model stays in its folder and keeps its attention implementation.
+        settings: dict[str, Any] = {"method": "lora", "attention": "eager"} if family in EAGER else {}
+        return native_model(toys, parent, "ours", language=language, **settings)
+
+    return make
 
 
 def logits(model: Any) -> Any:
@@ -59,11 +69,11 @@ def assert_read_back(model: Path, to: Path) -> None:
     assert again.config._attn_implementation == ours.config._attn_implementation
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_hf_is_exact_or_refused(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", families())
+def test_hf_is_exact_or_refused(model_of: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     from transformers import LlavaForConditionalGeneration
 
-    model, to = make_model(native, toys, tmp_path, family), tmp_path / "out"
+    model, to = model_of(family), tmp_path / "out"
     if family in REFUSED:
         with pytest.raises(ModelError, match=REFUSED[family]) as refused:
             HfLlava(None).write(model, to)
@@ -78,10 +88,10 @@ def test_hf_is_exact_or_refused(native: Make, toys: Path, tmp_path: Path, family
     assert_read_back(model, to)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_llava_is_exact_or_refused(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", families())
+def test_llava_is_exact_or_refused(model_of: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     """By default only Llama is exported; with ``strict: false`` every family."""
-    model, to = make_model(native, toys, tmp_path, family), tmp_path / "out"
+    model, to = model_of(family), tmp_path / "out"
     if family not in ("llama", "llama-tied"):
         with pytest.raises(ModelError) as refused:
             OriginalLlava(OriginalLlavaOptions()).write(model, to)
@@ -119,9 +129,9 @@ def test_llava_has_the_older_keys_for_position_embeddings(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt"])
-def test_families_verified_by_another_process(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
+def test_families_verified_by_another_process(model_of: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     """Compares text, batches and images, unlike the tests above."""
-    assert not exported(make_model(native, toys, tmp_path, family), "hf", tmp_path / "out")["verified"]["faults"]
+    assert not exported(model_of(family), "hf", tmp_path / "out")["verified"]["faults"]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -17,7 +17,7 @@ from llavactl.images.decode import decode
 from llavactl.images.image_file import ImageFile
 from llavactl.model.imported import resolve
 
-from .families import EAGER, FAMILIES, language_of
+from .families import EAGER, FAMILIES, families, language_of
 from .test_import import transformers_outputs
 
 OTHER_TENSOR_NAMES = {
@@ -43,7 +43,7 @@ class UnroundedFeatures:
         return (self.encoder.encode(pixels)[0].numpy(),)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - OTHER_TENSOR_NAMES))
+@pytest.mark.parametrize("family", families(FAMILIES.keys() - OTHER_TENSOR_NAMES))
 def test_logits_equal_those_of_transformers(
     foreign: Callable[..., tuple[Any, Path]], toys: Path, tmp_path: Path, family: str, caplog: Any
 ) -> None:
