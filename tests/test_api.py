@@ -52,6 +52,13 @@ def test_answers_match_the_command(trained: Path, monkeypatch: pytest.MonkeyPatc
         run_cli(*arguments, *image, "--prompt", "What colour is it?", "--json", cwd=trained).json()["answer"] == answer
     )
     assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+    data = (trained / "images/photo-000.jpg").read_bytes()
+    assert (
+        llavactl.Chat(llavactl.load_model(trained / "runs/toy/stage2/model"))
+        .ask("What colour is it?", data, max_new_tokens=12)
+        .text
+        == answer
+    )
 
 
 def test_overrides_of_all_types(trained: Path) -> None:

@@ -16,7 +16,7 @@ from llavactl.chat.sampling import SamplingOptions, changed
 from llavactl.chat.transcript import load_turns, save_turns
 from llavactl.core.errors import unexpected
 from llavactl.core.progress import Progress, reporting_to
-from llavactl.images.references import image_in_memory
+from llavactl.images.references import image_from_bytes, image_in_memory
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef, Turn
     from llavactl.model.generate import Sampling
 
-    Image: TypeAlias = "str | Path | PIL.Image.Image"
+    Image: TypeAlias = "str | Path | bytes | PIL.Image.Image"
 
 
 class Chat:
@@ -57,10 +57,10 @@ class Chat:
     ) -> AnswerStream:
         """The answer to ``prompt``, an iterator of pieces of text; ``str()`` or ``.text`` is the complete answer.
 
-        It is generated while it is iterated over. ``image`` or ``images`` are a file, a URL, a base64 string or a PIL
-        image, or several of them, and precede the prompt unless it contains ``<image>`` tags. ``sampling`` is any of
-        ``max_new_tokens`` (default: 512), ``temperature`` (0: greedy decoding), ``top_p`` and ``seed`` (default: 0).
-        ``temperature`` and ``top_p`` default to the model's generation config.
+        It is generated while it is iterated over. ``image`` or ``images`` are a file, its bytes, a URL, a base64 string
+        or a PIL image, or several of them, and precede the prompt unless it contains ``<image>`` tags. ``sampling`` is
+        any of ``max_new_tokens`` (default: 512), ``temperature`` (0: greedy decoding), ``top_p`` and ``seed`` (default:
+        0). ``temperature`` and ``top_p`` default to the model's generation config.
 
         If generation fails, the turn is removed. If the iterator is closed, the partial answer is kept.
 
@@ -111,6 +111,8 @@ class Chat:
         return cls(model, turns=load_turns(Path(file)))
 
     def _open(self, image: Image) -> ImageRef:
+        if isinstance(image, bytes):
+            return self._conversation.open_image(image_from_bytes(image, "image"))
         return self._conversation.open_image(image if isinstance(image, str | Path) else image_in_memory(image))
 
     def _sampling(self, options: SamplingOptions) -> Sampling:
@@ -118,4 +120,4 @@ class Chat:
 
 
 def _each_image(images: Any) -> Sequence[Any]:
-    return images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    return images if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]

@@ -13,7 +13,7 @@ from llavactl.chat.context import without_oldest
 from llavactl.chat.detokenizer import Detokenizer, Stops
 from llavactl.chat.overlay import overlay
 from llavactl.core import progress
-from llavactl.core.errors import DataError
+from llavactl.core.errors import DataError, unexpected
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageRef, Turn
 from llavactl.data.batches import collate
 from llavactl.features import LiveFeatures
@@ -74,7 +74,15 @@ class Explanation:
         return [word for word in self.words if id(word) in chosen]
 
     def overlay(self, word: Word, kind: Literal["attention", "occlusion"], image: int = -1) -> Image.Image | None:
-        """The map of ``word`` over the image with this index, by default the last one; None if there is no such map."""
+        """The map of ``word`` over the image with this index, by default the last one; None without attention maps.
+
+        Raises:
+            RecipeError: another kind, or no image with this index.
+        """
+        if kind not in ("attention", "occlusion"):
+            raise unexpected("kind", "'attention' or 'occlusion'", kind)
+        if not -len(self.seen) <= image < len(self.seen):
+            raise unexpected("image", f"the index of one of {len(self.seen)} images", image)
         maps = word.attention if kind == "attention" else word.occlusion
         return None if maps is None else overlay(self.seen[image], maps[image])
 

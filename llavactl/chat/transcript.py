@@ -15,6 +15,7 @@ from typing import Any
 
 from llavactl.chat.inputs import OpenedImage, open_image
 from llavactl.core.errors import DataError
+from llavactl.core.locations import is_file_url, is_url, shortened
 from llavactl.core.paths import write_json
 from llavactl.core.schema import Content, ImageRef, Turn
 from llavactl.images.decode import read
@@ -35,7 +36,7 @@ def save_turns(file: Path, turns: Sequence[Turn], model: str = "") -> None:
 
 
 def load_turns(file: Path) -> list[Turn]:
-    """The turns in ``file`` with their images; image paths are relative to ``file``.
+    """The turns in ``file`` with their images, none of which may be a URL; image paths are relative to ``file``.
 
     Raises:
         DataError: not a conversation, or an image can't be read; names the message.
@@ -51,7 +52,7 @@ def load_turns(file: Path) -> list[Turn]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON: {error}", hint=_HINT) from error
     messages = document.get("messages") if isinstance(document, dict) else document
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list):
         raise DataError(f"{file}: `messages` is not a list of messages", hint=_HINT)
     turns: list[Turn] = []
     for number, message in enumerate(messages, 1):
@@ -107,5 +108,9 @@ def _part(part: Any, base: Path) -> Content:
         case {"type": "text", "text": str(text)}:
             return text
         case {"type": "image", "image": str(name)}:
+            if is_url(name) and not is_file_url(
+                name
+            ):  # a file of somebody else must not make this machine request anything
+                raise DataError(f"the image is a URL: {shortened(name)}", hint="download it, and name its file")
             return open_image(name, base)
     raise DataError('expected parts {"type": "text", "text": …} or {"type": "image", "image": …}')

@@ -20,6 +20,8 @@ def shortened(name: str) -> str:
     if len(name) <= LONGEST:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    if name[:5].lower() == "data:":
+        return f"{name.partition(',')[0]:.40},…{digest}…"
     return f"{name[:120]}…{digest}…{name[-60:]}"
 
 

@@ -16,7 +16,7 @@ import llavactl
 from llavactl.chat.assistant import Assistant
 from llavactl.chat.conversation import Conversation
 from llavactl.chat.explain import Word, explain
-from llavactl.core.errors import DataError
+from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.schema import Turn
 from llavactl.data.batches import collate
 from llavactl.images.references import image_in_memory
@@ -108,6 +108,9 @@ def test_the_overlay_shows_the_image_as_the_encoder_sees_it(assistant: Assistant
     assert quarters.index(max(quarters)) == 1
     assert quarters[0] == quarters[2] == 0 < quarters[3]
     assert explanation.overlay(Word("red", None, values), "attention") is None
+    for arguments in (("saliency",), ("occlusion", 1), ("occlusion", -2)):
+        with pytest.raises(RecipeError):
+            explanation.overlay(Word("red", None, values), *arguments)  # type: ignore[arg-type]
 
 
 HALVES = slice(0, 14), slice(14, 28)

@@ -48,7 +48,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
 SYSTEM = {"role": "system", "content": "c"}
 
 
-@pytest.mark.parametrize("messages", [[USER, ASSISTANT], [SYSTEM, USER, ASSISTANT], [SYSTEM]])
+@pytest.mark.parametrize("messages", [[], [USER, ASSISTANT], [SYSTEM, USER, ASSISTANT], [SYSTEM]])
 def test_a_list_of_messages_is_accepted(tmp_path: Path, messages: list[Any]) -> None:
     file = tmp_path / "chat.json"
     file.write_text(json.dumps(messages), encoding="utf-8")
@@ -58,11 +58,12 @@ def test_a_list_of_messages_is_accepted(tmp_path: Path, messages: list[Any]) -> 
 @pytest.mark.parametrize(
     "content",
     [
-        "", "{", "[]", "3", "{}", "[" * 100_000, '{"messages": 3}', '{"messages": [3]}',
+        "", "{", "3", "{}", "[" * 100_000, '{"messages": 3}', '{"messages": [3]}',
         json.dumps([USER]), json.dumps([ASSISTANT]), json.dumps([USER, USER]), json.dumps([USER, ASSISTANT, SYSTEM]),
         json.dumps([{"role": "tool", "content": ""}]), json.dumps([{"role": "user"}]),
         json.dumps([{"role": "user", "content": [3]}]),
         json.dumps([{"role": "user", "content": [{"type": "image", "image": "missing.png"}]}, ASSISTANT]),
+        json.dumps([{"role": "user", "content": [{"type": "image", "image": "HTTP://127.0.0.1:9/a.png"}]}, ASSISTANT]),
         json.dumps([{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}, ASSISTANT]),
         '[{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": ""}]',
     ],

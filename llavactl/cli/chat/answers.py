@@ -18,11 +18,17 @@ def print_answer(pieces: Iterable[str]) -> None:
     stream = result_stream()
     console = terminal.console(stream) if is_terminal(stream) and terminal.color() is not False else None
     if console is None:
+        begun = failed = False
         try:
             for piece in _stripped(pieces):
+                begun = True
                 output.text(piece)
+        except Exception:
+            failed = True
+            raise
         finally:
-            output.line()
+            if begun or not failed:
+                output.line()
         return
     from llavactl.cli.chat.markdown import MarkdownPrinter
 

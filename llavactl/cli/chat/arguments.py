@@ -17,6 +17,9 @@ IMAGE_SUFFIXES = (
     ".tif", ".tiff", ".webp",
 )  # fmt: skip
 
+LONGEST = 1 << 16
+"""Characters of a line that may consist of file names: parsing names takes quadratic time."""
+
 _ESCAPE = "" if os.name == "nt" else "\\"  # the separator of folders on Windows
 
 
@@ -73,6 +76,8 @@ def files(text: str) -> list[str]:
     Raises:
         LlavactlError: a quote isn't closed, or a character can't be part of a name.
     """
+    if len(text) > LONGEST:
+        raise LlavactlError(f"{len(text):,} characters are too long for names of files")
     if "\0" in text:
         raise LlavactlError("a name can't contain the character NUL", hint="name a file")
     if _exists(text):
@@ -106,7 +111,7 @@ def dropped_images(line: str) -> list[str]:
 
 def missing_images(line: str) -> list[str]:
     """The names in ``line`` if it consists of absolute paths of images, existing or not."""
-    found = words(line)
+    found = words(line) if len(line) <= LONGEST else []
     names = [_local(word.text) for word in found if not word.quote]
     absolute = len(names) == len(found) and all(name.startswith("/") and _is_image(name) for name in names)
     return names if absolute else []

@@ -77,7 +77,7 @@ def parse(data: bytes, *, allow_urls: bool, check_images: Callable[[int], object
     stream = bool(body.boolean("stream"))
     options = body.mapping("stream_options")
     if options is not None and not stream:
-        _refuse("stream_options", "stream_options requires stream: true")
+        _refuse("stream_options", "stream_options requires stream: true", "invalid_value")
     include_usage = options is not None and bool(options.boolean("include_usage"))
     if options is not None:
         options.refuse_others({"include_obfuscation": (False,)})
@@ -115,7 +115,7 @@ def _document(data: bytes) -> dict[str, Any]:
     return document
 
 
-def _refuse(param: str, message: str, code: str | None = None) -> NoReturn:
+def _refuse(param: str, message: str, code: str) -> NoReturn:
     raise ApiError(400, message, param=param, code=code)
 
 
@@ -137,7 +137,7 @@ class Fields:
             self.refuse(name, f"expected {expected}, got {_type_name(value)}", "invalid_type")
         return value
 
-    def refuse(self, name: str, why: str, code: str | None = None) -> NoReturn:
+    def refuse(self, name: str, why: str, code: str = "invalid_value") -> NoReturn:
         _refuse(f"{self.where}{name}", f"{self.where}{name}: {why}", code)
 
     def string(self, name: str) -> str | None:
@@ -219,7 +219,8 @@ def _turns(messages: list[Any], allow_urls: bool, check_images: Callable[[int], 
     for index, (role, parts) in enumerate(parsed):
         if role == "system":
             if turns:
-                _refuse(f"messages[{index}].role", f"messages[{index}]: a system message must be at the start")
+                why = f"messages[{index}]: a system message must be at the start"
+                _refuse(f"messages[{index}].role", why, "invalid_conversation")
             system += [part for part in parts if isinstance(part, str)]
             continue
         for part in parts:
@@ -228,7 +229,7 @@ def _turns(messages: list[Any], allow_urls: bool, check_images: Callable[[int], 
         content = [images[part.url] if isinstance(part, _ImageUrl) else part for part in parts]
         turns.append(_turn(role, tuple(content), index))
     if not turns or turns[-1].role != "user":
-        _refuse("messages", "messages: the last message must be from the user")
+        _refuse("messages", "messages: the last message must be from the user", "invalid_conversation")
     return (*([_turn("system", ("\n\n".join(system),), 0)] if system else []), *turns)
 
 

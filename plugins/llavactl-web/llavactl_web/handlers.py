@@ -23,6 +23,7 @@ from .store import Outcome
 log = logging.getLogger(__name__)
 
 Updates = dict[str, Any]
+_EMPTY = {"text": "", "files": []}
 SETTINGS = ("system", "temperature", "top_p", "seed", "max_new_tokens")
 
 
@@ -44,7 +45,7 @@ class Handlers:
         except LlavactlError as error:
             _warn(error)
             return
-        asked = rendering.question(text, [images.thumbnail_of(each) for each in encoded])
+        asked = rendering.question(text, map(images.thumbnail_of, encoded))
         yield from self._answered(
             session, settings, lambda sampling: session.ask(text, encoded, sampling), asked, {"message": message}
         )
@@ -67,7 +68,7 @@ class Handlers:
             session.stop.clear()
             options = dict(zip(SETTINGS, settings, strict=True))
             session.set_system(str(options.pop("system") or "").strip())
-            cleared: Updates = {"message": None} if asked else {}
+            cleared: Updates = {"message": _EMPTY} if asked else {}
             yield self._view(session, asked=asked, busy=True) | cleared
             outcome: Updates = {}
             try:
@@ -123,7 +124,7 @@ class Handlers:
     def new(self, request: gr.Request) -> Updates:
         with self._changing(request) as session:
             session.start()
-            return self._view(session) | {"message": None}
+            return self._view(session) | {"message": _EMPTY}
 
     def open(self, request: gr.Request, id: str) -> Updates:  # noqa: A002
         with self._changing(request) as session:
@@ -165,7 +166,11 @@ class Handlers:
             setup = self.setup
             checked.write(images.with_images_embedded(text, allow_urls=setup.allow_urls, allow_files=setup.allow_files))
             checked.flush()
-            session.start([load_turns(setup, Path(checked.name))])
+            try:
+                session.start([load_turns(setup, Path(checked.name))])
+            except LlavactlError as error:
+                message = error.message.replace(checked.name, Path(file).name)
+                raise LlavactlError(message, hint=error.hint) from error
             question = session.last_question
             session.title = " ".join(question.text.split()) if question else "Loaded"
             _saved(session)
@@ -274,7 +279,18 @@ def _sampling(options: Mapping[str, Any]) -> dict[str, Any]:
 def _encoded(files: Sequence[str]) -> list[str]:
     if len(files) > images.MAX_IMAGES:
         raise LlavactlError(f"{len(files)} images, more than {images.MAX_IMAGES} per question")
-    return [images.checked(Path(file).read_bytes()) for file in files]
+    return [_checked(Path(file)) for file in files]
+
+
+def _checked(file: Path) -> str:
+    """The uploaded ``file`` for ``Chat.ask``; errors name it."""
+    try:
+        encoded = images.checked(file.read_bytes())
+        if not images.thumbnail_of(encoded):
+            raise LlavactlError("the image is damaged")
+    except LlavactlError as error:
+        raise LlavactlError(f"{file.name}: {error.message}", hint=error.hint) from error
+    return encoded
 
 
 def _with_file(message: Mapping[str, Any] | None, file: str) -> dict[str, Any]:

@@ -40,8 +40,10 @@ def checked(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise DataError(f"the image has more than {MAX_PIXELS // 10**6} million pixels") from error
     except Exception as error:  # Pillow raises many types for broken files
-        raise DataError("this file is not an image", hint=f"supported: {', '.join(FORMATS)}") from error
+        raise DataError("not an image", hint=f"supported: {', '.join(FORMATS)}") from error
     if width * height > MAX_PIXELS:
         raise DataError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
     return f"data:;base64,{base64.b64encode(data).decode()}"

@@ -138,7 +138,9 @@ def _named(parts: dict[str, Any], handler: Callable[..., Any]) -> tuple[Callable
     """``handler``, whose updates are by name, as gradio calls it, and the components that it may update."""
 
     def by_component(updates: Updates | None) -> dict[Any, Any]:
-        return {parts[name]: value for name, value in (updates or {}).items() if name in parts}
+        found = {parts[name]: value for name, value in (updates or {}).items() if name in parts}
+        # gradio takes an empty mapping for one value.
+        return found or {parts["current"]: gr.skip()}
 
     if inspect.isgeneratorfunction(handler):
 

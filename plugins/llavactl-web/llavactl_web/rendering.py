@@ -61,7 +61,9 @@ def maps(explanation: Explanation) -> str:
         cells = (f'<td><img src="{data_url(image)}" alt="{kind}"></td>' for image in overlays if image is not None)
         if any(overlays):
             rows.append(f"<tr><th>{kind}</th>{''.join(cells)}</tr>")
-    return f'<div class="maps"><table>{"".join(rows)}</table><p>{html.escape(explanation.limits)}</p></div>'
+    count = len(explanation.images)
+    which = f"<p>The last of {count} images:</p>" if count > 1 else ""
+    return f'<div class="maps">{which}<table>{"".join(rows)}</table><p>{html.escape(explanation.limits)}</p></div>'
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -203,7 +204,9 @@ def test_tabs_do_not_mix(open_tab: Any, serve: Any, setup: Any, script: Script) 
     assert one.page.url != two.page.url
 
 
-def test_stop_and_a_closed_tab_end_the_answer(open_tab: Any, serve: Any, setup: Any, script: Script) -> None:
+def test_stop_and_a_closed_tab_end_the_answer(
+    open_tab: Any, serve: Any, setup: Any, script: Script, capfd: pytest.CaptureFixture[str]
+) -> None:
     url, _ = serve(setup())
     script |= {"slow": "word " * 2000, "fast": "done"}
     tab = open_tab(url)
@@ -216,10 +219,30 @@ def test_stop_and_a_closed_tab_end_the_answer(open_tab: Any, serve: Any, setup: 
     tab.ready()
     tab.ask("slow", wait=False)
     tab.wait("document.querySelector('#live0').innerText.includes('word')")
+    tab.page.reload()
+    tab.wait("document.querySelectorAll('#history0 .answer').length >= 1")
+    tab.ready()
+    tab.ask("slow", wait=False)
+    tab.wait("document.querySelector('#live0').innerText.includes('word')")
     tab.page.close()
     other = open_tab(url)
     other.ask("fast")  # 2000 words take 100 seconds and more
     assert other.answers() == ["done"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_damaged_image_is_named(open_tab: Any, serve: Any, setup: Any, script: Script, tmp_path: Path) -> None:
+    Image.effect_noise((200, 200), 50).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:9000])
+    tab = open_tab(serve(setup())[0])
+    tab.page.set_input_files("#message input[type=file]", str(tmp_path / "half.png"))
+    tab.wait("document.querySelectorAll('#message img').length == 1")
+    tab.page.fill("#message textarea", "What?")
+    tab.page.press("#message textarea", "Enter")
+    tab.page.get_by_text("half.png: the image is damaged").first.wait_for()
+    tab.ready()
+    assert tab.questions() == []
+    assert tab.page.input_value("#message textarea") == "What?"
 
 
 def test_conversations_are_stored_listed_renamed_exported_loaded_and_deleted(

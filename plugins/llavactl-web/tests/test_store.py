@@ -55,6 +55,16 @@ def test_conversations_are_continued_renamed_and_deleted(setup: Setup, script: d
         other.switch_to(session.id)
 
 
+def test_a_conversation_without_questions_is_opened(setup: Setup, script: dict[str, str]) -> None:
+    session = asked(Session(made := setup()), "One?")
+    stored = session.id
+    session.undo()
+    session.save()
+    other = Session(made)
+    other.switch_to(stored)
+    assert (other.id, other.last_question) == (stored, None)
+
+
 def test_two_tabs_with_one_conversation_keep_both(setup: Setup, script: dict[str, str]) -> None:
     made = setup()
     first = asked(Session(made), "One?")

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavactl.cli.chat.arguments import completions, files, quoted, words
+from llavactl.cli.chat.arguments import completions, dropped_images, files, missing_images, quoted, words
+from llavactl.core.errors import LlavactlError
 
 
 @given(st.lists(st.text("ab '\"\\\n\tä", min_size=1)))
@@ -48,6 +49,13 @@ def test_a_name_is_completed_with_its_quotes(tmp_path: Path, monkeypatch: pytest
     assert completed("my.png ") == ["my.png 'my dir/", "my.png my.png", "my.png other\x1b.png"]
     assert completed("nosuch/") == completed("a\0/") == []
     assert completed(".h") == [".hidden"]
+
+
+def test_long_lines_are_questions() -> None:
+    line = "/a.png " * (1 << 20)
+    assert dropped_images(line) == missing_images(line) == []
+    with pytest.raises(LlavactlError):
+        files(line)
 
 
 def test_the_tilde_of_an_unknown_user_is_part_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
