@@ -49,6 +49,10 @@ class _Writer(HTMLParser):
         self.pieces: list[str] = []
         self._inside = ""
 
+    def parse_marked_section(self, i: int, report: int = 1) -> int:  # noqa: ARG002
+        """As browsers do; HTMLParser of older Pythons raises AssertionError for ``<![<``."""
+        return self.parse_bogus_comment(i)
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in ("script", "style"):
             self._inside = tag
