@@ -1,13 +1,13 @@
-"""Latency of the first token in later turns, tokens per second, and load time of a chat, beside transformers.
+"""Chat compared with transformers: latency of the first token in later turns, tokens per second, load time.
 
     python benchmarks/chat.py --out chat.json        # about five minutes
 
 The language model is the demo's (135M parameters); the connector has random weights, which cost the same.
 
-- First token of turn 2 and later: everything from the question's text to the first token, beside one bare forward pass
-  of the same new tokens with the keys and values of the earlier turns.
-- Tokens per second of an answer in turn 2, beside ``generate`` of transformers that continues the same cache.
-- Load time: ``llavactl.load_model`` in a new process, beside ``from_pretrained`` of the same weights.
+- First token of turn 2 and later: the time from the question's text to the first token, compared with one bare forward
+  pass of the same new tokens with the key/value cache of the earlier turns.
+- Tokens per second of an answer, compared with ``generate`` of transformers with the same cache.
+- Load time: ``llavactl.load_model`` in a new process, compared with ``from_pretrained`` of the same weights.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def greedy_token(language: Any, **inputs: Any) -> int:
 
 @torch.inference_mode()
 def first_tokens(conversation: Conversation, times: dict[str, list[float]]) -> None:
-    """Ratios of the first token of each later turn to a bare forward pass of the tokens that are new."""
+    """Times the first token of each later turn, and a bare forward pass of its new tokens."""
     model = conversation.assistant.model
     for question in LATER:
         cached = len(conversation._cached_keys)

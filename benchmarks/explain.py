@@ -27,7 +27,7 @@ from llavactl.core.schema import Box, Sample, Turn
 from llavactl.model.generate import Sampling
 
 EVERY = 10
-"""Scenes between two results."""
+"""Results are published after every EVERY scenes."""
 
 
 def subject(question: str, boxes: Sequence[Box]) -> Box | None:
@@ -59,7 +59,7 @@ def _hits(shape: tuple[int, ...], box: Box) -> np.ndarray:
 
 
 def play(word: Word, box: Box, others: Sequence[Box]) -> Iterator[tuple[str, str, float]]:
-    """(map, what, 0 or 1, or a probability) for each map of ``word``."""
+    """The name of each map of ``word``, the name of a rate, and a hit (0 or 1) or the probability of one."""
     maps = {"occlusion": word.occlusion[0], **({"attention": word.attention[0]} if word.attention else {})}
     for name, values in maps.items():
         yield name, "hits", is_hit(values, box)
@@ -116,7 +116,7 @@ def as_text(document: Document) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="A model of the demo, such as runs/demo/stage2/model."
+        "--model", required=True, metavar="DIR", help="Model folder of the demo, for example runs/demo/stage2/model."
     )
     parser.add_argument("--scenes", type=int, default=100, metavar="N", help="Default: 100.")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of the scenes; default: 0.")

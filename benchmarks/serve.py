@@ -1,15 +1,15 @@
-"""Tokens per second of ``llavactl serve`` with several clients at once, compared with one answer after another.
+"""Tokens per second of ``llavactl serve`` with concurrent clients, compared with one answer after another.
 
     python benchmarks/serve.py --out serve.json                        # a language model of 75M random weights
     python benchmarks/serve.py --model runs/demo/stage2/model          # a trained model
 
-The server is a separate process. In every round each method answers the same requests (an image and a question of
-different lengths) in random order of the methods. The server generates at most 8 answers at once.
+The server is a separate process and generates at most 8 answers at once. In each round, all methods answer the same
+requests (an image and a question, with questions of different lengths), in random order.
 
 - sequential   ``Assistant.answer`` in this process, one conversation after another: no server, no batch
 - clients-1    requests over HTTP, one after another
-- clients-4    requests over HTTP of 4 clients at once
-- clients-8    requests over HTTP of 8 clients at once
+- clients-4    requests over HTTP from 4 concurrent clients
+- clients-8    requests over HTTP from 8 concurrent clients
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ QUESTIONS = ("What is it?", "Describe the image in detail. " * 3, "Which color i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="DIR", help="a model folder; default: random weights")
-    parser.add_argument("--width", type=int, default=1024, help="of the language model with random weights")
-    parser.add_argument("--layers", type=int, default=8, help="of the language model with random weights")
-    parser.add_argument("--tokens", type=int, default=48, help="the most tokens per answer")
+    parser.add_argument("--width", type=int, default=1024, help="width of the language model with random weights")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the language model with random weights")
+    parser.add_argument("--tokens", type=int, default=48, help="maximum number of tokens per answer")
     parser.add_argument("--rounds", type=int, default=5)
     add_options(parser)
     options = parser.parse_args()
@@ -70,7 +70,7 @@ def documents(options: argparse.Namespace) -> Documents:
             for clients in CLIENTS:
                 methods[f"clients-{clients}"] = lambda clients=clients: over_http(url, photos, options.tokens, clients)
             methods["sequential"]()  # encodes the images, and allocates memory
-            tokens = over_http(url, photos, options.tokens, CLIENTS[-1])  # as many with every method
+            tokens = over_http(url, photos, options.tokens, CLIENTS[-1])  # the same number with every method
             yield from rounds(methods, tokens, options, assistant)
 
 

@@ -27,7 +27,7 @@ MIN_COMMON_PREFIX = 16
 """Tokens; a shorter common prefix of a batch is not worth a separate forward pass."""
 
 COMPOSED = 4
-"""Characters that the Unicode normalization of a tokenizer makes one of, at most (NFC: 3)."""
+"""The most characters that a tokenizer's Unicode normalization composes into one (NFC: 3)."""
 
 
 @dataclass
@@ -42,12 +42,12 @@ class Assistant:
     shape: FeatureShape | None = None
     """The shape of ``features``; None if it is unknown."""
     token_grid: tuple[int, int] | None = None
-    """The cells (h, w) of the connector's tokens, see ``GridConnector``; None if tokens belong to no cell."""
+    """The grid (h, w) of the connector's tokens, see ``GridConnector``; None if they have none."""
     decoder: CompiledDecoder | None = None
-    """Decodes conversations, one at a time; None: without compilation."""
+    """Compiled decoding of conversations, one at a time; None: not compiled."""
 
     def prompt(self, turns: Sequence[Turn]) -> Encoded:
-        """The encoded prompt, never empty if the tokenizer has a BOS or EOS token, which then replaces an empty prompt.
+        """The encoded prompt; an empty one is replaced by the tokenizer's BOS or EOS token, if it has one.
 
         The template ``plain`` omits questions, so a question without an image gives an empty prompt.
         """
@@ -55,14 +55,14 @@ class Assistant:
         return encoded if encoded.ids or start is None else Encoded((start,), (IGNORE,))
 
     def min_tokens(self, turns: Sequence[Turn]) -> int:
-        """A lower bound of the tokens of the prompt of ``turns``, without tokenizing: that takes minutes for a book."""
+        """A lower bound on the prompt's tokens, computed without tokenizing, which takes minutes for a book."""
         characters = sum(len(turn.text) for turn in turns)
         images = sum(len(turn.images) for turn in turns)
         return images * self.encoding.image_tokens + characters // (COMPOSED * self._longest_token)
 
     @cached_property
     def _longest_token(self) -> int:
-        """Characters of the longest token, or more: some tokenizers name tokens by their bytes."""
+        """An upper bound on the characters of a token: some vocabularies spell tokens as bytes."""
         return max(map(len, self.encoding.tokenizer.get_vocab()), default=1)
 
     @property
@@ -89,16 +89,16 @@ class Assistant:
 
     @cached_property
     def sampling(self) -> Sampling:
-        """The sampling of the language model's generation config; greedy decoding unless it says ``do_sample``."""
+        """The sampling of the language model's generation config; greedy decoding unless it sets ``do_sample``."""
         return default_sampling(self.model.language)
 
     def answer(
         self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY, *, until: Sequence[str] = ()
     ) -> list[str]:
-        """One answer per conversation; it ends before the first of the strings ``until``, if it contains one.
+        """One answer per conversation, truncated at the first occurrence of a string in ``until``.
 
-        They are generated in one left-padded batch, unless padding would change the answers. A common prefix of the
-        prompts, such as an image, is processed once.
+        Answers are generated in one left-padded batch, or one by one if padding would change them. A common prefix of
+        the prompts (an image, for example) is processed once.
 
         Raises:
             ConversationError: the template refuses a conversation.
@@ -114,9 +114,9 @@ class Assistant:
         return [output.text.strip() for output in outputs]
 
     def log_likelihoods(self, conversations: Sequence[Sequence[Turn]], answers: Sequence[str]) -> list[Likelihood]:
-        """The likelihood of each of ``answers`` to the conversation at the same index, without the token that ends it.
+        """The likelihood of each answer given the conversation at the same index, excluding the token that ends it.
 
-        They are computed in one batch, as in ``answer``.
+        Likelihoods are computed in one batch, as in ``answer``.
 
         Raises:
             ConversationError: the template refuses a conversation.
@@ -134,7 +134,7 @@ class Assistant:
         return likelihoods(self.model, batch, cache)
 
     def encode_answer(self, turns: Sequence[Turn]) -> Encoded:
-        """``turns`` up to the last token of the answer; it never begins with a target, which nothing would predict."""
+        """``turns`` up to the last token of the answer; the first token is never a target: no token precedes it."""
         encoded, start = self.encoding.encode_answer(self._arranged(turns)), self._start_id
         end = max((index for index, label in enumerate(encoded.labels, 1) if label != IGNORE), default=len(encoded))
         ids, labels = encoded.ids[:end], encoded.labels[:end]
@@ -153,15 +153,14 @@ class Assistant:
             output.add(None)
 
     def _batch(self, items: Sequence[Encoded], prompt_lengths: Sequence[int]) -> tuple[Batch, Any]:
-        """``items`` as a batch, and None; or ``items`` without the common prefix of their prompts, and its cache.
+        """``items`` as a batch without the common prefix of their prompts, and the prefix's key/value cache.
 
-        The prompt of an item is its first ``prompt_lengths`` tokens. The cache is a key/value cache. Padding between
-        the prefix and the rest would occupy part of a sliding window: ``exact.shared`` is False for models that have
-        one.
+        The cache is None if no prefix was removed. The first ``prompt_lengths`` tokens of each item are its prompt.
+        Models with a sliding window share no prefix (``exact.shared``): padding after it would occupy the window.
         """
         per_image, device = self.encoding.image_tokens, self.model.device
         prompts = [token_keys(item, per_image)[:end] for item, end in zip(items, prompt_lengths, strict=True)]
-        # No item consists of the prefix alone: the logits of its last token would be lost.
+        # The prefix excludes the last token of every prompt, whose logits are needed.
         length = min((common_prefix_length(prompts[0][:-1], other) for other in prompts[1:]), default=0)
         if length < MIN_COMMON_PREFIX or not self.exact.shared:
             return to_device(collate(items, self.features, side="left"), device), None

@@ -1,7 +1,7 @@
-"""Answers conversations that arrive at any time in one batch: new ones join between two steps of the running ones.
+"""Continuous batching: conversations that arrive at any time join the running batch between two steps.
 
-An answer equals that of ``Assistant.answer`` to the same conversation alone, except for rounding. If joining a batch
-would change a model's logits (``Exact.joined``), conversations are answered one after another.
+Except for rounding, answers are the same as from ``Assistant.answer`` with one conversation. If joining a batch would
+change a model's logits (``Exact.joined``), conversations are answered one after another.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _JOIN_TIMEOUT_S = 10
 
 
 class Finish(NamedTuple):
-    """The end of an answer of ``tokens`` tokens: a stop token or string, or the token limit (``length``)."""
+    """The end of an answer by a stop token or string, or by the token limit (``length``); ``tokens`` were generated."""
 
     reason: Literal["stop", "length"]
     tokens: int
@@ -104,16 +104,15 @@ class Batcher:
 
     @property
     def context_length(self) -> int | None:
-        """The most tokens of a prompt with its answer; None if the model has no limit."""
+        """The maximum number of tokens of prompt and answer together; None if the model has no limit."""
         return context_length(self.assistant.model.language)
 
     def submit(
         self, prompt: Encoded, sampling: Sampling, emit: Callable[[Event], object], *, until: Sequence[str] = ()
     ) -> Generation:
-        """Answers ``prompt`` (see ``Assistant.prompt``); the answer ends before the first of the strings ``until``.
+        """Queues ``prompt`` (see ``Assistant.prompt``); its answer is truncated at the first of the strings ``until``.
 
-        ``emit`` is called with its text in pieces as they are generated, then with a ``Finish`` or an error. It must
-        not block.
+        ``emit`` is called with each new piece of text, then with a ``Finish`` or an error. It must not block.
         """
         own = self.assistant.stops
         stops = Stops(own.ids, (*own.texts, *filter(None, until)))
@@ -127,7 +126,7 @@ class Batcher:
         return generation
 
     def close(self, *, wait: bool = True) -> None:
-        """Ends all answers with an error, and the thread after its current step; waits for it, but not for minutes."""
+        """Ends all answers with an error, and the thread after its current step; ``wait``: for it, at most 10 s."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -203,4 +202,4 @@ def _explained(error: Exception) -> Exception:
 
 
 def _closed_error() -> ModelError:
-    return ModelError("the model doesn't answer any more: it is being closed")
+    return ModelError("the model is closed and answers no more requests")

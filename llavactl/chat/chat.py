@@ -59,8 +59,8 @@ class Chat:
 
         It is generated while it is iterated over. ``image`` or ``images`` are a file, its bytes, a URL, a base64 string
         or a PIL image, or several of them, and precede the prompt unless it contains ``<image>`` tags. ``sampling`` is
-        any of ``max_new_tokens``, ``temperature``, ``top_p`` and ``seed``; ``temperature`` 0 means greedy decoding. The
-        defaults are those of the model's generation config.
+        any of ``max_new_tokens`` (default: 512), ``temperature`` (0: greedy decoding), ``top_p`` and ``seed`` (default:
+        0). ``temperature`` and ``top_p`` default to the model's generation config.
 
         If generation fails, the turn is removed. If the iterator is closed, the partial answer is kept.
 
@@ -98,7 +98,7 @@ class Chat:
             return explain_last(self._conversation)
 
     def save(self, file: str | Path) -> None:
-        """Writes the turns to ``file`` as JSON, for ``Chat.load`` and the commands' ``/load``."""
+        """Writes the turns to ``file`` as JSON, for ``Chat.load`` and the command ``/load``."""
         save_turns(Path(file), self.turns, self._conversation.assistant.name)
 
     @classmethod

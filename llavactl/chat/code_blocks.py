@@ -1,7 +1,7 @@
 """The fenced code blocks of an answer, and saving each to its own file.
 
-Names come from the answer, which nobody has checked: only the last part of a plain name is used, so that every file is
-directly in the folder, and an existing file is never replaced unless asked.
+File names come from the untrusted answer: only the last part of a path is used, and only if it is a portable name. So
+all files are directly in the folder. Existing files are replaced only with ``overwrite``.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class CodeBlock:
 def code_blocks(answer: str) -> list[CodeBlock]:
     """The fenced code blocks of ``answer`` that aren't blank, by the rules of CommonMark.
 
-    A block that isn't closed, as in a truncated answer, ends with the answer. HTML outside code blocks is text: it
-    would hide a fence directly after a tag such as ``</think>``.
+    A block that isn't closed, as in a truncated answer, ends with the answer. HTML blocks are not
+    recognized: a fence directly after a tag (``</think>``) would be part of one.
     """
     from markdown_it import MarkdownIt
 
@@ -59,8 +59,8 @@ def save_code(blocks: Iterable[CodeBlock], folder: Path, *, overwrite: bool = Fa
     """Writes each block to its own file directly in ``folder``, which is created; returns the paths.
 
     A file is named by its block (only the last part of a path, if it is a portable name) or by the language:
-    ``index.html``, ``style.css``, ``script.js``, otherwise ``answer`` with the suffix of the language. A name that is
-    taken gets a number (``index-2.html``); with ``overwrite``, only names of the same call are taken.
+    ``index.html``, ``style.css``, ``script.js``, otherwise ``answer`` with the suffix of the language. A name that
+    exists gets a number (``index-2.html``); with ``overwrite``, only if it was written by the same call.
     """
     folder.mkdir(parents=True, exist_ok=True)
     saved: list[Path] = []
@@ -72,7 +72,7 @@ def save_code(blocks: Iterable[CodeBlock], folder: Path, *, overwrite: bool = Fa
 
 
 def _write(path: Path, code: str, *, overwrite: bool) -> bool:
-    """Whether ``path`` could be written; without ``overwrite``, an existing file, folder or link is left as it is."""
+    """Whether ``path`` was written; without ``overwrite``, existing files, folders and links are left unchanged."""
     if overwrite and path.is_dir() and not path.is_symlink():
         return False
     if not overwrite:

@@ -27,7 +27,7 @@ def token_keys(encoded: Encoded, tokens_per_image: int) -> list[Any]:
 
 
 def common_prefix_length(cached: TokenKeys, prompt: TokenKeys) -> int:
-    """The number of tokens at the start of ``prompt`` that equal those of ``cached``.
+    """The number of tokens of the common prefix of ``cached`` and ``prompt``.
 
     The last token of ``prompt`` is always excluded, since its logits give the next token. The prefix never ends inside
     an image.

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from llavactl.core.schema import Encoded
 
 FREE_SHARE = 4
-"""After turns were left out, at least one in ``FREE_SHARE`` tokens of the context is free.
+"""When turns are left out, at least 1 / ``FREE_SHARE`` of the context becomes free.
 
-Otherwise every following question would leave out one more turn, and its whole prompt would be processed again.
+Otherwise each further question would leave out more turns, and its whole prompt would be processed again.
 """
 
 
 def context_length(language: Any) -> int | None:
-    """The most tokens of prompt and answer together for ``language``; None if its configuration has no limit."""
+    """The maximum number of tokens of prompt and answer together; None without a limit."""
     limit = getattr(language.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -28,8 +28,8 @@ def context_length(language: Any) -> int | None:
 def fit(assistant: Assistant, turns: Sequence[Turn], left_out: int, max_new_tokens: int) -> tuple[Encoded, int]:
     """The prompt of ``turns`` that fits into the context, and how many of its oldest turns are left out.
 
-    ``left_out`` is their number before. The system prompt and the last question are always kept; only whole exchanges
-    (a question and its answer) are left out.
+    ``left_out`` is the number that is left out already. The system prompt and the last question are always kept; only
+    whole exchanges (a question and its answer) are left out.
 
     Raises:
         DataError: the last question and the images alone don't fit.
@@ -50,7 +50,7 @@ def fit(assistant: Assistant, turns: Sequence[Turn], left_out: int, max_new_toke
                 return prompt, start
         free = limit // FREE_SHARE
     raise DataError(
-        f"the question has {tokens:,} tokens or more with its images, the model's context {limit:,}",
+        f"the question and its images have at least {tokens:,} tokens, but the model's context is {limit:,}",
         hint="ask a shorter question, or about fewer images, in a new conversation",
     )
 
@@ -64,7 +64,7 @@ def check_fits(assistant: Assistant, turns: Sequence[Turn], what: str) -> None:
     if tokens < limit:
         tokens = len(assistant.prompt(turns))
     if tokens >= limit:
-        raise DataError(f"{what} has {tokens:,} tokens or more with its images, the model's context {limit:,}")
+        raise DataError(f"{what} and its images have at least {tokens:,} tokens, but the model's context is {limit:,}")
 
 
 def without_oldest(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:

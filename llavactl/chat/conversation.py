@@ -51,7 +51,7 @@ class AnswerStream(Iterator[str]):
         return self.text
 
     def close(self) -> None:
-        """Ends the answer here; what was generated so far stays in the conversation."""
+        """Stops the answer; its text so far stays in the conversation."""
         self._pieces.close()
 
 
@@ -64,7 +64,7 @@ class Conversation:
     def __init__(self, assistant: Assistant, system: str | None = None, turns: Sequence[Turn] = ()) -> None:
         """``system`` replaces the template's system prompt; ``turns`` continues an earlier conversation.
 
-        ``left_out`` is the number of the oldest turns after the system prompt that exceed the model's context.
+        ``left_out`` is the number of oldest turns that are left out because the model's context is exceeded.
         """
         self.assistant = assistant
         self.turns: list[Turn] = [*([Turn("system", (system,))] if system else []), *turns]
@@ -85,7 +85,7 @@ class Conversation:
         return opened
 
     def arrays(self, image: ImageRef) -> tuple[np.ndarray, ...]:
-        """The features of ``image``, see ``FeatureLookup``; those of all images of the conversation are kept."""
+        """The features of ``image`` (see ``FeatureLookup``), kept for all images of the conversation."""
         if image not in self._arrays:
             self._arrays[image] = self.assistant.features.arrays(image)
         return self._arrays[image]
@@ -93,7 +93,7 @@ class Conversation:
     def ask(self, *content: Content, sampling: Sampling | None = None) -> AnswerStream:
         """Adds ``content`` (text and images) as a user turn; the answer is generated while it is iterated over.
 
-        ``sampling`` defaults to that of the model. An answer that is still being generated is ended first. If
+        ``sampling`` defaults to the model's. An answer that is still being generated is ended first. If
         generation fails, the turn is removed. If it is interrupted or closed, the partial answer is kept, if there is
         any.
         """
@@ -209,8 +209,8 @@ class Conversation:
         prompt, left_out = fit(self.assistant, self.turns, self.left_out, max_new_tokens)
         if left_out > self.left_out:
             log.warning(
-                "the conversation exceeds the model's context of %s tokens: the model no longer sees its oldest %d "
-                "turns, only their images",
+                "the conversation exceeds the model's context of %s tokens: its oldest %d turns are left out, except "
+                "their images",
                 f"{context_length(self.assistant.model.language):,}",
                 left_out,
             )

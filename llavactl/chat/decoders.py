@@ -1,4 +1,4 @@
-"""The next tokens of several answers: in one batch that answers join and leave, or of one answer alone."""
+"""Decoders for several answers: in one batch that answers join and leave, or one answer at a time."""
 
 from __future__ import annotations
 

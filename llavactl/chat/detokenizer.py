@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from llavactl.data.encode import Encoding
 
 MAX_PENDING = 16
-"""Tokens; a longer run without a complete character isn't one, since a character in UTF-8 has at most 4 bytes."""
+"""Tokens; text is held back no longer than this for an incomplete character (4 bytes in UTF-8 at most)."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Stops:
 class Detokenizer:
     """Converts tokens to text one at a time, in constant time per token; returned text is final.
 
-    Only the last few tokens are decoded at a time: a run of byte tokens (SentencePiece's byte fallback) that ends in
-    the middle of a character decodes to no characters at all, so that complete ones would be lost.
+    Only the last few tokens are decoded at a time: a run of byte tokens (SentencePiece's byte fallback) that ends
+    inside a character decodes to nothing, not even its complete characters.
     """
 
     tokenizer: Any
     stops: Stops
     done: bool = False
     _ids: list[int] = field(default_factory=list)
-    """The last tokens: those that are context for decoding, then those whose text is incomplete."""
+    """The last tokens: first the context for decoding, then those whose text is incomplete."""
     _context: int = 0
     _held: str = ""
     """Decoded text that may be the beginning of a stop string."""

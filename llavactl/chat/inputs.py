@@ -29,9 +29,9 @@ BatchRecord = tuple[dict[str, Any], tuple[Content, ...]]
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """An image that was read once: a later change of its file has no effect. Equal if the bytes are.
+    """An image whose bytes are in memory: later changes of its file have no effect. Equal bytes are equal images.
 
-    ``file`` is its absolute path, "" if it isn't a file.
+    ``file`` is the absolute path, "" if the image isn't a file.
     """
 
     name: str = field(compare=False)
@@ -49,7 +49,7 @@ class OpenedImage:
 def open_image(name: str, base: Path | None = None) -> OpenedImage:
     """The image named by the user: a file relative to ``base`` (default: the working directory), a URL or base64.
 
-    Its header and its end are checked, so that most broken files are found before a model is loaded.
+    Its header and its end are checked, which detects most broken files before a model is loaded.
 
     Raises:
         DataError: it can't be read.
@@ -66,7 +66,7 @@ def open_images(names: Sequence[str], base: Path | None = None) -> list[ImageRef
     """The images named by the user as in ``open_image``, decoded once; their bytes are read again when needed.
 
     Raises:
-        DataError: an image can't be read; raised before a model is loaded.
+        DataError: an image can't be read.
     """
     images = []
     for name in names:

@@ -40,9 +40,9 @@ def load_assistant(
 ) -> Assistant:
     """Loads the model in ``folder`` and its vision backbone on ``device`` (default: the best available).
 
-    ``template`` replaces the model's conversation template. ``dtype`` is that of the weights (default: that of
-    training). With ``quantize``, the linear layers of the language model have so many bits. With ``compiled``,
-    conversations are decoded with a compiled step; such an assistant is for one thread.
+    ``template`` replaces the model's conversation template. ``dtype`` is the dtype of the weights (default: as
+    trained), ``quantize`` the number of bits of the language model's linear layers. With ``compiled``, conversations
+    are decoded with a compiled step, and only one thread may use the assistant.
 
     Raises:
         ModelError: the model can't be read, or the backbone is not the one it was trained with.
@@ -53,7 +53,7 @@ def load_assistant(
     features = Features(**description["features"])
     vision = registry().create("vision", description["vision"])
     current = fingerprint(description["vision"], features)
-    # A checkpoint written by another program names its backbone, but has no fingerprint of it.
+    # A checkpoint of another program names its backbone, but has no fingerprint.
     trained = Fingerprint(description["fingerprint"] or current.fields)
     # Models trained before a fingerprint field existed lack it: compare only the fields that they have.
     comparable = Fingerprint({key: current.fields[key] for key in current.fields if key in trained.fields})

@@ -1,4 +1,4 @@
-"""Sampling options by name, as users give them: in Python, on the command line and with ``/set``."""
+"""Validation of sampling options, which are given in Python, on the command line and with ``/set``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_SEED = 2**63 - 1
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The fields of ``Sampling``; those that are absent are the model's."""
+    """The fields of ``Sampling``; absent ones default to the model's."""
 
     max_new_tokens: int
     temperature: float

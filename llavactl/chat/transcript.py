@@ -1,4 +1,4 @@
-"""Conversations as JSON files, in the form ``messages`` that training data sets use as well.
+"""Conversations as JSON files, in the ``messages`` format that is also used for training data.
 
 {"messages": [{"role": "user", "content": [{"type": "image", "image": "/photos/cat.jpg"},
                                            {"type": "text", "text": "\\nWhat is this?"}]},
@@ -21,13 +21,13 @@ from llavactl.core.schema import Content, ImageRef, Turn
 from llavactl.images.decode import read
 
 MAX_BYTES = 1 << 30
-"""Of a conversation file, which is read into memory with its images."""
+"""The largest conversation file that is loaded: it is read into memory with its images."""
 
 _HINT = "`/save FILE` of chat writes such files"
 
 
 def save_turns(file: Path, turns: Sequence[Turn], model: str = "") -> None:
-    """Writes ``turns`` to ``file`` atomically. Image files are named by their absolute paths, others are included.
+    """Writes ``turns`` to ``file`` atomically. Image files are stored as absolute paths, other images as base64.
 
     Raises:
         OSError: it can't be written, or an image can't be read.
@@ -36,7 +36,7 @@ def save_turns(file: Path, turns: Sequence[Turn], model: str = "") -> None:
 
 
 def load_turns(file: Path) -> list[Turn]:
-    """The turns in ``file``, with their images, none of which may be a URL; paths are relative to ``file``.
+    """The turns in ``file`` with their images, none of which may be a URL; image paths are relative to ``file``.
 
     Raises:
         DataError: not a conversation, or an image can't be read; names the message.
@@ -65,7 +65,7 @@ def load_turns(file: Path) -> list[Turn]:
 
 
 def check_order(turns: Sequence[Turn], where: str) -> None:
-    """Raises a DataError unless ``turns`` are an optional system prompt, then questions that are each answered."""
+    """Raises a DataError unless ``turns`` are questions with their answers, after an optional system prompt."""
     roles = [turn.role for turn in turns]
     expected = ["system"] * (roles[:1] == ["system"])
     expected += ["user", "assistant"] * ((len(roles) - len(expected) + 1) // 2)

@@ -1,4 +1,4 @@
-"""Image-text-to-text models of transformers (LLaVA, BLIP-2, IDEFICS, Qwen-VL, …) with their own processors.
+"""Image-text-to-text models of transformers (LLaVA, BLIP-2, IDEFICS, Qwen-VL, …) with their processors.
 
 ``TransformersModel.answer`` is called like ``Assistant.answer``, without ``until``; the processor does the
 preprocessing, prompt formatting and tokenization.
@@ -157,10 +157,10 @@ def model_digest(folder: Path) -> str:
 def load_transformers_model(folder: Path, device: str | None = None) -> TransformersModel:
     """Loads the model in ``folder`` on ``device`` (default: the best available).
 
-    The dtype is float32 on a CPU, else that of the checkpoint.
+    The dtype is float32 on a CPU, otherwise the checkpoint's.
 
     Raises:
-        ModelError: not an image-text-to-text model, or no processor, or no chat template.
+        ModelError: not an image-text-to-text model, or no processor or chat template.
     """
     from transformers import AutoModelForImageTextToText
 

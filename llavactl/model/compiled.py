@@ -1,4 +1,4 @@
-"""Decoding with a compiled step and a key/value cache of fixed size, whose kernels run as one CUDA graph."""
+"""Compiled decoding: one step with a key/value cache of fixed size, which runs as a CUDA graph on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
 
 MIN_SIZE = 1024
-"""Tokens; a cache that is too small is replaced by one of twice the size, for which the step is compiled again."""
+"""Tokens; a cache that is too small is replaced by a larger one, and the step is compiled again."""
 
 
 def compile_blocker(language: PreTrainedModel) -> str:
@@ -43,7 +43,7 @@ class CompiledDecoder:
         self._static: Any = None
 
     def load(self, cache: Any, tokens: int) -> None:
-        """Copies the keys and values of the dynamic ``cache``; ``tokens`` more will be added."""
+        """Copies the keys and values of the dynamic ``cache``; there is room for ``tokens`` more."""
         length = cache.get_seq_length()
         if self._static is None or self._static.layers[0].max_cache_len < length + tokens:
             self._static = self._new_cache(cache, length + tokens)

@@ -1,4 +1,4 @@
-"""Determines, by running it, which inference optimizations leave a language model's logits unchanged."""
+"""Determines by test runs which inference optimizations leave a language model's logits unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WINDOW_KEYS = re.compile("window|chunk|local")
 
 @dataclass(frozen=True)
 class Exact:
-    """Whether logits equal those of a single forward pass over the unpadded sequence without a cache.
+    """Whether logits are the same as in one forward pass over the unpadded sequence without a cache.
 
     ``cached``: token by token with a key/value cache. ``resumed``: several tokens at once after a cache. ``padded``:
     left-padded, in a batch with a longer sequence. ``shared``: with padding between the cache of a common prefix
@@ -43,7 +43,7 @@ class Exact:
 
 
 def exactness(language: PreTrainedModel) -> Exact:
-    """What is exact for ``language``; an exception counts as not exact. Packable (Llama-like) models aren't run."""
+    """What is exact for ``language``; an exception means not exact. Packable (Llama-like) models need no test run."""
     windowed = has_limited_attention(language) or _may_have_window(language)
     length_bound = bool(length_dependent_rope(language))
     if language.config.model_type in PACKABLE_MODEL_TYPES:
@@ -90,7 +90,7 @@ def truncate(cache: Any, length: int) -> None:
 def _may_have_window(language: PreTrainedModel) -> bool:
     """Whether an integer in its configuration may limit how far back a token attends.
 
-    Some models have their own key, such as GPT-Neo's ``window_size``. A false positive only costs time.
+    Some model types have a custom key, like ``window_size`` of GPT-Neo. A false positive only costs time.
     """
     config = language.config.get_text_config()
     if getattr(config, "layer_types", None) or config.model_type in PACKABLE_MODEL_TYPES:
@@ -191,7 +191,7 @@ class _LanguageProbe:
         return torch.cat([self.long[:, start:end], torch.cat([self.long[:, :pad], short], dim=1)]), mask
 
     def _last_equal(self, logits: torch.Tensor, at: int) -> bool:
-        """Whether the last of ``logits`` [2, T, V] equal those of the long sequence at ``at`` and of the short one."""
+        """Whether the last ``logits`` [2, T, V] match the long sequence at ``at``, and the short one, aligned right."""
         short = self.short_logits[:, SHORT - LONG + at]
         return _close(logits[:1, -1], self.long_logits[:, at]) and _close(logits[1:, -1], short)
 

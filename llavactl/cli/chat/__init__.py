@@ -92,7 +92,7 @@ log = logging.getLogger(__name__)
     "--seed",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Seed of the first sampled answer; each answer has the next one.  [default: 0]",
+    help="Seed of the first answer; it increases by 1 with each answer.  [default: 0]",
 )
 @click.option(
     "--save-code",
@@ -109,7 +109,7 @@ log = logging.getLogger(__name__)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Load the weights in this dtype.  [default: that of training]",
+    help="Load the weights in this dtype.  [default: as trained]",
 )
 @click.option(
     "--quantize",
@@ -149,8 +149,8 @@ def command(
 ) -> None:
     """Chat with a model about images.
 
-    By default, the model is the recipe's newest one: that of a stage in training, if it has previews, or else that of
-    the last finished stage.
+    The default model is the recipe's newest: the latest preview of a stage in training, otherwise the model of the last
+    finished stage.
     """
     if web:
         chat_in_browser(context)
@@ -222,7 +222,7 @@ def _stream(conversation: Conversation, prompt: str, images: Sequence[ImageRef],
 
 
 def _saver(folder: Path | None, *, overwrite: bool) -> Callable[..., None]:
-    """Saves the code of answers to ``folder``; None: does nothing."""
+    """A function that saves the code of answers to ``folder``; None: that does nothing."""
     if folder is None:
         return lambda *_answers: None
     from llavactl.cli.chat.saved_code import save_code_of

@@ -18,14 +18,14 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 
 LONGEST = 1 << 16
-"""Characters of a line that may consist of names of files: reading names takes quadratic time."""
+"""Characters of a line that may consist of file names: parsing names takes quadratic time."""
 
-_ESCAPE = "" if os.name == "nt" else "\\"  # Windows separates folders with it
+_ESCAPE = "" if os.name == "nt" else "\\"  # the separator of folders on Windows
 
 
 @dataclass
 class Argument:
-    """An argument: its position in the line, its text without quotes, and the quote that isn't closed, or "".
+    """An argument: its position in the line, its text without quotes, and its unclosed quote or "".
 
     ``ended``: space follows.
     """
@@ -71,7 +71,7 @@ def quoted(name: str) -> str:
 
 
 def files(text: str) -> list[str]:
-    """The names of files in ``text``, which may also be one file whose name has spaces that aren't quoted.
+    """The file names in ``text``; all of it is one name if this file exists, so spaces need no quotes then.
 
     Raises:
         LlavactlError: a quote isn't closed, or a character can't be part of a name.
@@ -84,7 +84,7 @@ def files(text: str) -> list[str]:
         return [_local(text)]
     found = words(text)
     if any(word.quote for word in found):
-        raise LlavactlError(f"a quote isn't closed: {text:.100}", hint="quote it with the other kind of quotes")
+        raise LlavactlError(f"a quote isn't closed: {text:.100}", hint="close it, or use the other kind of quotes")
     return [_local(word.text) for word in found]
 
 
@@ -96,12 +96,12 @@ def file(text: str) -> Path:
     """
     names = files(text)
     if not names:
-        raise LlavactlError("the name of a file is missing", hint="/save FILE or /load FILE")
+        raise LlavactlError("a file name is missing", hint="/save FILE or /load FILE")
     return Path(names[0] if len(names) == 1 else _local(text))
 
 
 def dropped_images(line: str) -> list[str]:
-    """The names in ``line`` if it consists of the paths of existing image files, as terminals insert dropped files."""
+    """The names in ``line`` if it consists of paths of existing image files; terminals insert them on a drop."""
     try:
         names = files(line)
     except LlavactlError:
@@ -137,7 +137,7 @@ def _exists(name: str) -> bool:
 
 
 def completions(text: str) -> Iterator[tuple[int, str, str]]:
-    """How the last argument in ``text`` may continue: its start, its replacement, and the name to show."""
+    """Completions of the last argument in ``text``: its start, its replacement, and the name to show."""
     found = words(text)
     word = found[-1] if found and not found[-1].ended else Argument(len(text))
     folder, slash, begin = word.text.rpartition("/")

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TAB = "    "
-"""Of no other width on any terminal, whatever precedes it."""
+"""Replaces a tab, whose width depends on its column and the terminal."""
 
 _CONTEXT = 2_000
-"""Characters before a line that its highlighting depends on, so that the time per line is limited."""
+"""Characters before a line that its highlighting may depend on; limits the time per line."""
 
 
 class CodePrinter:

@@ -25,16 +25,16 @@ PROMPT = "> "
 FILE_COMMANDS = frozenset({"/image", "/save", "/save!", "/load"})
 
 _LONGEST_ENTRY = 10_000
-"""Characters; longer questions are not kept in the history, all of which is read at every start."""
+"""Characters; longer questions are not kept in the history, which is read completely at every start."""
 
 Read = Callable[[str], str | None]
 """Reads a question, given the text to edit (on a terminal only); None at the end of the input."""
 
 
 def reader(commands: Mapping[str, bool], settings: Sequence[str]) -> tuple[Read, bool]:
-    """Reads questions from a terminal, or from a pipe or file, one per line; and whether they can be edited.
+    """A function that reads questions from a terminal, a pipe or a file, and whether questions can be edited.
 
-    ``commands``: their names, and whether they have an argument.
+    ``commands`` are the names of commands, and whether they take an argument.
     """
     stream = next((each for each in (sys.stderr, result_stream()) if is_terminal(each)), None)
     if sys.stdin is not None and sys.stdin.isatty() and stream is not None:
@@ -88,7 +88,7 @@ def _decoded(data: bytes | str, where: str) -> str:
         return data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{where} isn't text in UTF-8: {error.reason}", hint="name an image with /image or --image"
+            f"{where} is not UTF-8 text: {error.reason}", hint="name an image with /image or --image"
         ) from error
 
 
@@ -98,7 +98,7 @@ def _edited(stream: TextIO, commands: Mapping[str, bool], settings: Sequence[str
     from prompt_toolkit.shortcuts import CompleteStyle
 
     output = create_output(stdout=stream)
-    # Without an answer to a request for its position, a terminal would be said to be unsupported.
+    # prompt_toolkit would warn about terminals that don't report the cursor position.
     output.enable_cpr = False  # type: ignore[attr-defined]
     session: PromptSession[str] = PromptSession(
         PROMPT,
@@ -123,7 +123,7 @@ def _edited(stream: TextIO, commands: Mapping[str, bool], settings: Sequence[str
 
 
 def _key_bindings() -> Any:
-    """Enter asks, or takes what a search has found; Alt-Enter, or Enter after a backslash, starts a new line."""
+    """Enter sends the question or takes a search result; Alt-Enter, or Enter after a backslash, starts a new line."""
     from prompt_toolkit.filters import is_searching
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
@@ -175,7 +175,7 @@ def _completer(commands: Mapping[str, bool], settings: Sequence[str]) -> Any:
     from prompt_toolkit.document import Document
 
     class CommandCompleter(Completer):
-        """Completes commands, names of files after those that take a file, and names of settings."""
+        """Completes commands, file names after commands that take a file, and settings after ``/set``."""
 
         def get_completions(self, document: Document, _event: CompleteEvent) -> Iterable[Completion]:
             text = document.text_before_cursor

@@ -51,7 +51,7 @@ def map_lines(explanation: Explanation, shades: str = SHADES) -> list[str]:
 
 
 def _grids(title: str, maps: Sequence[np.ndarray], shades: str) -> list[str]:
-    """``maps`` [h, w] beside each other, two characters per cell; the largest value of each map is the darkest."""
+    """``maps`` [h, w] beside each other, two characters per cell; the largest value of a map has the densest shade."""
     import numpy as np
 
     drawn = []

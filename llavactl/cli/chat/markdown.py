@@ -1,8 +1,8 @@
 """Markdown on a terminal while it is generated: every character is printed once, and nothing is ever overwritten.
 
-So a long answer, a narrow terminal, one that is resized, or a character of unexpected width can't garble it. Text is
-printed up to the last word whose style is known, code line by line, and a table once it is complete. Only markers that
-are certain to be Markdown are left out (``**bold**``, not ``2**3``); HTML, formulas and links stay as they are.
+So long answers, narrow or resized terminals, and characters of unexpected width can't garble the output. Text is
+printed up to the last word whose style is known, code line by line, and a table once it is complete. Only unambiguous
+Markdown markers are removed (``**bold**``, not ``2**3``); HTML, formulas and links are printed unchanged.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PREFIX = re.compile(
     r"|(?P<heading>#{1,6})[ \t]+(?=\S))?"
 )
 _UNDECIDED = re.compile(r"`{1,2}|`{3,}[^`]*|~~?|~{3}.*|\|.*|#{1,6}[ \t]*|[-*+_][-*+_ \t]*|\d{1,9}[.)]?[ \t]*|(>[ ]?)+|")
-"""The start of a line from which its kind can't be told."""
+"""The start of a line whose kind is still ambiguous."""
 
 _FENCE = re.compile(r"[ \t]*(?P<fence>`{3,}(?=[^`]*$)|~{3,})[ \t]*(?P<info>.*)")
 _RULE = re.compile(r"[ \t]*([-*_])([ \t]*\1){2,}[ \t]*")
@@ -62,7 +62,7 @@ class MarkdownPrinter:
         self._column = self._indent = 0
 
     def write(self, text: str) -> None:
-        """Prints what is known to be final of the answer so far, which ``text`` continues."""
+        """Adds ``text`` to the answer, and prints the part that is final."""
         self._pending += visible(text)
         while (end := self._pending.find("\n")) >= 0:
             line, self._pending = self._pending[:end], self._pending[end + 1 :]
@@ -113,7 +113,7 @@ class MarkdownPrinter:
         self._in_line = False
 
     def _partial(self) -> None:
-        """Prints what is final of an incomplete line."""
+        """Prints the final part of an incomplete line."""
         if self._code is not None:
             if len(self._pending) > self._width and not self._pending.lstrip().startswith(self._fence[0]):
                 self._code.write(self._pending)
@@ -203,7 +203,7 @@ def _parts(text: str, style: str) -> Iterator[tuple[str, str]]:
 
 
 def _final_length(text: str) -> int:
-    """The length of the start of ``text``, part of a line, that is printed in the same way whatever follows."""
+    """The length of the start of ``text``, part of a line, whose rendering doesn't depend on what follows."""
     words = list(_WORD.finditer(text))
     if words and not re.search(rf"[\s{_CJK}]\Z", text) and len(words[-1][0]) <= _LONGEST_SPAN:
         words.pop()

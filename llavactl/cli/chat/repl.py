@@ -44,13 +44,13 @@ class Repl:
     ) -> None:
         self.conversation, self.new, self.sampling = conversation, new, sampling
         self.is_edited = is_edited
-        """Whether a question can be put into the prompt."""
+        """Whether a question can be edited at the prompt."""
         self.pending: list[ImageRef] = []
         self.to_edit = ""
         self._save_code, self._explain = save_code, explain
         self._answers = 0
         self._last: Sampling | None = None
-        """The settings of the last answer, without the seed, if it is complete."""
+        """The settings of the last answer with seed 0; None if it is incomplete."""
 
     def run(self, read: Callable[[str], str | None]) -> None:
         """Answers until the end of the input or /quit; errors and Ctrl-C end a question, not the conversation."""
@@ -101,7 +101,7 @@ class Repl:
         self._answer(lambda sampling: self.conversation.ask(*content, sampling=sampling))
 
     def edit(self, text: str) -> None:
-        """Replaces the last question, not its images, by ``text``, and answers it."""
+        """Replaces the text of the last question, keeps its images, and answers it."""
         before, pending = list(self.conversation.turns), self.pending
         self.undo()
         try:
@@ -111,7 +111,7 @@ class Repl:
                 self.conversation.turns[:], self.pending = before, pending
 
     def undo(self) -> bool:
-        """Removes the last question and its answer, its images are pending again; False without a question."""
+        """Removes the last question and its answer, and makes its images pending; False without a question."""
         from llavactl.core.schema import Turn
 
         content = self.conversation.undo()
@@ -120,7 +120,7 @@ class Repl:
         return bool(content)
 
     def retry(self) -> None:
-        """Answers the last question again, unless the answer can't be another."""
+        """Answers the last question again, unless the answer would be the same."""
         if self._last is not None and self.sampling.temperature == 0 and self._last == replace(self.sampling, seed=0):
             raise LlavactlError(
                 "greedy decoding gives the same answer again", hint="/set temperature 0.7 samples other answers"
@@ -128,7 +128,7 @@ class Repl:
         self._answer(self.conversation.retry)
 
     def _answer(self, start: Callable[[Sampling], AnswerStream]) -> None:
-        """Prints an answer; each of a session is sampled with another seed."""
+        """Prints an answer; the seed increases with each answer of the session."""
         from llavactl.chat.sampling import MAX_SEED
 
         sampling = replace(self.sampling, seed=(self.sampling.seed + self._answers) % (MAX_SEED + 1))
@@ -154,7 +154,7 @@ class Repl:
         self._save_code(stream.text)
 
     def add_images(self, names: Sequence[str]) -> None:
-        """Adds images to the next question; each is encoded at once, and reported."""
+        """Adds images to the next question; encodes each now, and logs its size or an error."""
         for name in names:
             try:
                 image = self.conversation.open_image(name)
@@ -165,7 +165,7 @@ class Repl:
                 log.info("image %d: %s", len(self.pending), described(self.conversation, image))
 
     def load(self, conversation: Conversation) -> None:
-        """Continues with ``conversation``, whose images are encoded at once."""
+        """Continues with ``conversation``, and encodes its images now."""
         for turn in conversation.turns:
             for image in turn.images:
                 conversation.open_image(image)

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _COMMAND = re.compile(r"(/[A-Za-z]+!?)(?:\s+(.*))?", re.DOTALL)
+_QUESTION_HINT = "to ask a question that starts with /, put a space before it"
 
 KEYS = {
     "Alt-Enter, or \\ Enter": "start a new line",
     "Tab": "complete a command or the name of a file",
-    "Up, Ctrl-R": "earlier questions, search them",
+    "Up; Ctrl-R": "earlier questions; search them",
     "Ctrl-C": "stop the answer, or clear the line",
     "Ctrl-D": "exit",
 }
@@ -60,10 +61,10 @@ def parse(line: str) -> Parsed | None:
     if match[1] not in COMMANDS:
         from llavactl.core.suggest import suggest
 
-        hint = f"{suggest(match[1], COMMANDS)}; begin a question that starts with / with a space"
+        hint = f"{suggest(match[1], COMMANDS)}; {_QUESTION_HINT}"
         raise LlavactlError(f"unknown command {match[1]}", hint=hint)
     if match[2] and not COMMANDS[match[1]].argument:
-        raise LlavactlError(f"{match[1]} takes no argument", hint="begin a question that starts with / with a space")
+        raise LlavactlError(f"{match[1]} takes no argument", hint=_QUESTION_HINT)
     return Parsed(match[1], match[2] or "")
 
 
@@ -103,7 +104,7 @@ def _edit(repl: Repl, rest: str) -> None:
 
 
 def _question_text(question: Turn) -> str:
-    """What was typed: text, and tags for images that don't precede it."""
+    """The question as typed: text, and ``<image>`` tags unless all images precede it."""
     text = "".join(part if isinstance(part, str) else "<image>" for part in question.content)
     bare = re.sub(r"\A(<image>\n)+", "", text)
     return text if "<image>" in bare else bare
@@ -135,7 +136,7 @@ def _load(repl: Repl, rest: str) -> None:
 
 def _system(repl: Repl, rest: str) -> None:
     repl.conversation.system = rest
-    log.info("system prompt %s", "replaced" if rest else "of the template")
+    log.info("system prompt %s", "replaced" if rest else "reset to the template's")
 
 
 def _set(repl: Repl, rest: str) -> None:

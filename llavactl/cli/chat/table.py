@@ -20,7 +20,7 @@ def is_row(line: str) -> bool:
 
 
 def is_delimiter(line: str) -> bool:
-    """Whether ``line`` is the row below the titles (``|---|:-:|``)."""
+    """Whether ``line`` is a delimiter row (``|---|:-:|``), which follows the titles."""
     return _DELIMITER.fullmatch(line) is not None
 
 
@@ -46,7 +46,7 @@ def table_lines(rows: Sequence[str], inline: Callable[[str], Text], width: int) 
 
 
 def _aligned(cell: Text, mark: str, width: int) -> Text:
-    """``cell`` as wide as its column, whose ``mark`` is that of the row below the titles."""
+    """``cell`` padded to ``width``, aligned by ``mark``, the column's cell of the delimiter row."""
     cell.align("left" if not mark.endswith(":") else "center" if mark.startswith(":") else "right", width)
     return cell
 

@@ -11,9 +11,9 @@ from llavactl import Batcher, Finish, Sampling
 
 
 class Answer:
-    """An answer in progress, read by ``next``; ``on_end`` is called once, when the model no longer works on it.
+    """An answer in progress, read by ``next``; ``on_end`` is called once, when the answer ends.
 
-    Text that isn't read yet is kept, at most one answer: a slow reader delays neither the model nor other answers.
+    Unread text (at most one answer) is kept, so a slow reader delays neither the model nor other answers.
     """
 
     def __init__(self, on_end: Callable[[Answer], object]) -> None:
@@ -48,7 +48,7 @@ class Answer:
         self._put(error)
 
     async def next(self, deadline: float) -> str | Finish:
-        """All text that wasn't read yet, or the end.
+        """All unread text, or the end.
 
         Raises:
             TimeoutError: nothing happens before ``deadline``, a time of the event loop.

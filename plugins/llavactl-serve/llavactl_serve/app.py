@@ -105,10 +105,10 @@ class BearerToken:
 
 
 class LocalOnly:
-    """Refuses requests for a host name other than localhost, and those of web pages, except from ``origins``.
+    """Refuses requests for host names other than localhost, and of web pages whose origin is not in ``origins``.
 
-    Addresses are allowed as host. A web page may otherwise reach this machine by a host name that it resolves to
-    127.0.0.1 (DNS rebinding), or start answers that it can't read: a POST of plain text needs no CORS preflight.
+    IP addresses are accepted as the host. Otherwise a web page could reach this machine by a host name that resolves
+    to 127.0.0.1 (DNS rebinding), or start answers it can't read: a POST of plain text needs no CORS preflight.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:

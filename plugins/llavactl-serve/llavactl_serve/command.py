@@ -53,22 +53,22 @@ def _checked(pattern: re.Pattern[str], expected: str) -> Any:
 @click.option("--model", metavar="DIR|ID", help="Use this model instead of the recipe's; a recipe is then optional.")
 @click.option("--template", metavar="NAME", help="Override the model's conversation template.")
 @click.option("--name", metavar="NAME", help="Name of the model in requests.  [default: as given, or its folder]")
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="HOST", help="Listen at this address.")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="HOST", help="Listen on this address.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=8000,
     show_default=True,
     metavar="N",
-    help="Listen at this port; 0: a free one, which is printed.",
+    help="Listen on this port; 0: any free port.",
 )
 @click.option(
     "--token",
     envvar=TOKEN_VARIABLE,
     metavar="TOKEN",
     callback=_checked(_TOKEN, "printable ASCII characters without spaces"),
-    help=f"Require this bearer token. Better set {TOKEN_VARIABLE}: others can see arguments.  "
-    "[default: none on this machine, else a random one]",
+    help=f"Require this bearer token. Other users can see arguments: prefer the variable {TOKEN_VARIABLE}.  "
+    "[default: none on loopback, otherwise a random token]",
 )
 @click.option(
     "--max-batch",
@@ -84,7 +84,7 @@ def _checked(pattern: re.Pattern[str], expected: str) -> Any:
     default=32,
     show_default=True,
     metavar="N",
-    help="Let at most N more requests wait; refuse others.",
+    help="Queue at most N more requests, and refuse others.",
 )
 @click.option(
     "--max-new-tokens",
@@ -100,7 +100,7 @@ def _checked(pattern: re.Pattern[str], expected: str) -> Any:
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="Cancel a request after this time, waiting included.",
+    help="Cancel a request after this time, including waiting.",
 )
 @click.option(
     "--max-body",
@@ -110,15 +110,15 @@ def _checked(pattern: re.Pattern[str], expected: str) -> Any:
     metavar="MIB",
     help="Refuse requests with a larger body.",
 )
-@click.option("--allow-urls", is_flag=True, help="Download images that requests name by http(s) URL.")
+@click.option("--allow-urls", is_flag=True, help="Download images from http(s) URLs in requests.")
 @click.option(
     "--cors",
     multiple=True,
     metavar="ORIGIN",
-    callback=_checked(_ORIGIN, "an origin such as http://localhost:3000, or *"),
+    callback=_checked(_ORIGIN, "an origin (http://localhost:3000) or *"),
     help="Let web pages of this origin use the endpoint (repeatable).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document: url, model and a new token.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document: url, model and generated token.")
 def command(
     source: str | None,
     overrides: tuple[str, ...],
@@ -139,8 +139,8 @@ def command(
 ) -> None:
     """Serve a model through an OpenAI-compatible endpoint.
 
-    The URL is printed when the server is ready. Requests are answered in one batch, which new ones join at any time.
-    Without --token, only programs on this machine can connect; with another --host, a token is always required.
+    The URL is printed when the server is ready. New requests join the running batch. By default, only programs on this
+    machine can connect; with another --host, every request needs a token.
     """
     from llavactl import Batcher, load_chat_model
 

@@ -23,7 +23,7 @@ log = logging.getLogger("llavactl.serve")
 _EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect the events
+    (b"x-accel-buffering", b"no"),  # nginx would buffer the events
 ]
 
 
@@ -58,7 +58,7 @@ class ChatCompletions:
             async with asyncio.timeout_at(deadline):
                 return await self.service.prepared(await _body(request, self.service.settings.max_body_bytes))
         except TimeoutError:
-            raise ApiError(408, "the request was not received in time", code="timeout") from None
+            raise ApiError(408, "the request was not received and prepared in time", code="timeout") from None
         except asyncio.CancelledError:
             if self.service.stopping:
                 raise shutting_down() from None
@@ -154,7 +154,7 @@ async def _next(answer: Answer, deadline: float) -> str | Finish:
 
 
 class _Stripper:
-    """Removes whitespace around streamed text: the pieces together are the answer without streaming."""
+    """Removes whitespace around streamed text, so that the pieces add up to the answer without streaming."""
 
     def __init__(self) -> None:
         self._held = ""

@@ -47,5 +47,5 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 def json_bytes(value: Any) -> bytes:
-    """``value`` in ASCII: any string of a request can be repeated, even one that isn't valid Unicode."""
+    """``value`` as ASCII, which can represent any string of a request, even invalid Unicode."""
     return json.dumps(value).encode()

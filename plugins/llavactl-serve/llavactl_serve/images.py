@@ -12,16 +12,16 @@ from llavactl import DataError, download_public, image_from_bytes
 from .errors import ApiError
 
 MAX_URL_BYTES = 20 << 20
-"""Of an image that is downloaded."""
+"""The limit for a downloaded image."""
 
 _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[^;,]*)*(;base64)?,", re.IGNORECASE)
 
 
 def image_at(url: str, where: str, *, allow_urls: bool) -> Any:
-    """The image at ``url``; ``where`` is its part of the request, such as ``messages[0].content[1]``.
+    """The image at ``url``; ``where`` is its path in the request (``messages[0].content[1]``).
 
     Raises:
-        ApiError: the URL is not allowed, or there is no readable image at it; names ``where``.
+        ApiError: the URL is not allowed, or the image can't be read; names ``where``.
     """
 
     def refused(reason: str, code: str) -> ApiError:

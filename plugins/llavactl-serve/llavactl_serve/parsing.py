@@ -1,4 +1,4 @@
-"""The body of a chat-completion request: checks, and its conversation."""
+"""Validates the body of a chat-completion request and converts its messages to a conversation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IGNORED = (
     "service_tier",
     "parallel_tool_calls",
 )
-"""Parameters that don't concern the answer."""
+"""Accepted parameters without effect on the answer."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -46,7 +46,7 @@ MAX_TEMPERATURE = 2.0
 MAX_SEED = 2**63 - 1
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 _MAX_VALUES = 1_000_000
-"""In a JSON document; millions of empty lists would need far more memory than their text."""
+"""In a JSON document: millions of empty lists need far more memory than their text."""
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ def _refuse(param: str, message: str, code: str) -> NoReturn:
 
 
 class Fields:
-    """The fields of a JSON object at ``where``; null is as good as absent."""
+    """The fields of a JSON object at ``where``; null counts as absent."""
 
     def __init__(self, values: dict[str, Any], where: str = "") -> None:
         self.where = f"{where}." if where else ""
@@ -184,7 +184,7 @@ class Fields:
                 continue
             if name in neutral:
                 values = " or ".join(json.dumps(each) for each in neutral[name])
-                self.refuse(name, f"not supported, except {values}", "unsupported_parameter")
+                self.refuse(name, f"only {values} is supported", "unsupported_parameter")
             self.refuse(name, "unknown or unsupported parameter", "unsupported_parameter")
 
 

@@ -18,10 +18,11 @@ from .app import application
 from .service import Service
 
 STALL_TIMEOUT_S = 30.0
-"""A client that accepts no data, or doesn't finish the head of its first request, for so long is disconnected."""
+"""A client that accepts no data, or doesn't complete the headers of its first request, is disconnected after this."""
 
 _SHUTDOWN_TIMEOUT_S = 5
 _SEND_BUFFER_BYTES = 1 << 16
+_HOST_HINT = "use an address of this machine, for example 127.0.0.1"
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -34,12 +35,12 @@ def bound(host: str, port: int) -> socket.socket:
         entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise RecipeError(f"--host {host}: {why}", hint="use an address of this machine, such as 127.0.0.1") from None
+        raise RecipeError(f"--host {host}: {why}", hint=_HOST_HINT) from None
     family, kind, protocol, _, address = min(entries, key=lambda entry: entry[0] != socket.AF_INET)
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Of each connection: otherwise the kernel keeps megabytes for a client that stopped reading.
+        # Per connection: otherwise the kernel buffers megabytes for a client that stopped reading.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         sock.bind(address)
     except OSError as error:
@@ -47,9 +48,9 @@ def bound(host: str, port: int) -> socket.socket:
         hints = {
             errno.EADDRINUSE: "choose another --port, or --port 0 for a free one",
             errno.EACCES: "choose a --port of at least 1024",
-            errno.EADDRNOTAVAIL: "use an address of this machine, such as 127.0.0.1",
+            errno.EADDRNOTAVAIL: _HOST_HINT,
         }
-        message = f"can't listen at {host}, port {port}: {error.strerror or error}"
+        message = f"can't listen on {host} port {port}: {error.strerror or error}"
         raise RecipeError(message, hint=hints.get(error.errno or 0, "")) from None
     return sock
 

@@ -57,14 +57,14 @@ class Service:
         self.created = int(time.time())
         self.answers: set[Answer] = set()
         self.stopping = False
-        # Two: one long request doesn't delay all others, and decoding of images is limited.
+        # Two threads: one long request doesn't delay all others, and few images are decoded at once.
         self._preparing = ThreadPoolExecutor(2, thread_name_prefix="prepare")
 
     def admit(self) -> Answer:
-        """A place for a new answer: ``max_batch`` are generated at once, and ``max_queue`` more wait.
+        """A slot for a new answer; there are ``max_batch`` for running and ``max_queue`` for waiting requests.
 
         Raises:
-            ApiError: there is none, or the server is shutting down.
+            ApiError: no slot is free, or the server is shutting down.
         """
         if self.stopping:
             raise shutting_down()
@@ -81,7 +81,7 @@ class Service:
         return answer
 
     def stop(self) -> None:
-        """Ends all answers; further requests are refused."""
+        """Ends all answers, and refuses further requests."""
         self.stopping = True
         for answer in tuple(self.answers):
             answer.cancel(shutting_down())
@@ -113,7 +113,7 @@ class Service:
             raise model_not_found(chat.model)
         context, tokens = self.batcher.context_length, assistant.min_tokens(chat.turns)
         if context is not None and tokens > context:
-            raise context_exceeded(context, tokens, "or more in the messages")
+            raise context_exceeded(context, tokens, "at least, in the messages")
         try:
             prompt = assistant.prompt(chat.turns)
         except (ConversationError, DataError) as error:

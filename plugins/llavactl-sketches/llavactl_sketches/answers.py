@@ -6,20 +6,20 @@ import re
 from dataclasses import dataclass
 
 MAX_ANSWER = 100_000
-"""Characters; a longer answer has no HTML. A page of the task has a few hundred."""
+"""Characters; a longer answer counts as having no HTML. Pages of the task have a few hundred."""
 
 MAX_ELEMENTS = 1000
-"""Elements of an answer that are compared; all are counted."""
+"""The most elements of an answer that are compared; all are counted."""
 
 MAX_TEXT = 200
-"""Characters of an element's text that are compared."""
+"""The most characters of an element's text that are compared."""
 
 KINDS = {
     **dict.fromkeys(("h1", "h2", "h3", "h4", "h5", "h6"), "heading"),
     **dict.fromkeys(("input", "textarea", "select"), "input"),
     **{tag: tag for tag in ("nav", "p", "button", "label", "li", "img")},
 }
-"""The kind of each compared element by its tag; other elements only place these."""
+"""The kind of each compared element by its tag; other elements only affect the layout."""
 
 BUTTON_TYPES = frozenset({"button", "reset", "submit"})
 """Types of ``input`` that are buttons."""
@@ -41,7 +41,7 @@ class Found:
 
 
 def html_in(answer: str) -> str | None:
-    """The HTML in ``answer``: of its first code block with a tag, or from the first tag on; None if there is none."""
+    """The HTML in ``answer``: its first code block with a tag, or the text from the first tag on; None if absent."""
     if len(answer) > MAX_ANSWER:
         return None
     blocks = [match[3] for match in _FENCE.finditer(answer) if _TAG.search(match[3])]

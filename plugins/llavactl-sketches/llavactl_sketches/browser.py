@@ -1,8 +1,8 @@
-"""The boxes of elements on a page, as a headless Chromium places them.
+"""The boxes of elements on a page, rendered by a headless Chromium.
 
-The HTML comes from a model and is untrusted. It is shown in a sandboxed frame: its scripts, forms, refreshes and links
-do nothing, and its content policy allows no source but inline styles. Host names don't resolve, the profile is new and
-temporary, and the browser is killed with its children after the time limit.
+The HTML comes from a model and is untrusted. It is shown in a sandboxed frame: scripts, forms, refreshes and links are
+disabled, and the content security policy allows only inline styles. Host names don't resolve, the profile is temporary,
+and the browser is killed with its child processes after the time limit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 """Programs that ``browser: auto`` looks for."""
 
 PAGES_PER_START = 12
-"""Pages of one start of the browser, each in a frame; if one of them fails, each half is started again."""
+"""Pages per start of the browser, each in a frame; if one fails, the two halves are started separately."""
 
 _FLAGS = (
     "--headless",
@@ -91,7 +91,7 @@ addEventListener("load", () => {
 
 @dataclass(frozen=True)
 class Measured:
-    """The visible elements of a page in document order, of which there are ``count``; the first are in ``found``."""
+    """The first MAX_ELEMENTS visible elements of a page in document order, and the ``count`` of all."""
 
     found: tuple[Found, ...]
     count: int
@@ -104,7 +104,7 @@ def find_browser() -> str | None:
 
 @dataclass(frozen=True)
 class Browser:
-    """The Chromium ``program``, which has ``timeout_s`` seconds for each start."""
+    """The Chromium ``program``, with a time limit of ``timeout_s`` seconds per start."""
 
     program: str
     timeout_s: float
@@ -150,7 +150,7 @@ class Browser:
 
     def _run(self, file: Path, folder: Path) -> tuple[str, str]:
         """The document that the browser prints, and the last line of its messages."""
-        # Chromium's own sandbox refuses to run as root, such as in containers.
+        # Chromium's process sandbox doesn't run as root, the usual user of containers.
         root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         command = [self.program, *_FLAGS, *root, f"--user-data-dir={folder / 'profile'}", file.as_uri()]
         environment = {

@@ -11,7 +11,7 @@ from llavactl_sketches.matching import Grade, similarity, text_grade
 from llavactl_sketches.pages import VOID_TAGS
 
 CONTAINERS = frozenset({"section", "div", "aside", "article", "form"})
-"""Elements that place others: their start and end tags are part of the sequence."""
+"""Elements that lay out others: their start and end tags are part of the sequence."""
 
 _NOWHERE = (0.0, 0.0, 0.0, 0.0)
 

@@ -1,4 +1,4 @@
-"""Images of pages as if drawn by hand: wobbly lines of varying width, letters out of line, a slight turn, paper.
+"""Images of pages as if drawn by hand: wobbly lines, uneven letters, a slight rotation, paper texture.
 
 The bytes are equal on every platform: letters are the pixels of Pillow's bitmap font, coordinates are integers before
 anything is drawn, and averaging is integer arithmetic.
@@ -54,7 +54,7 @@ class SketchImage:
         return buffer.getvalue()
 
     def stamp(self) -> str:
-        """Everything the image depends on, as text."""
+        """All that the image depends on, as text."""
         return f"sketch v{DRAWING_VERSION} {self.size}px {self.seed} {self.page.html}"
 
 

@@ -1,7 +1,6 @@
-"""The positions of a page's elements, and the stylesheet that places them equally in a browser.
+"""The positions of a page's elements, and the stylesheet that gives them the same positions in a browser.
 
-All sizes are fixed, so no position depends on a font: an element is one row of 50 pixels high (an image two), with a
-gap of 10 pixels.
+All sizes are fixed, so no position depends on a font: elements are 40 pixels high, images 90, with gaps of 10 pixels.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ form>*{{grid-column:1/-1}}
 form>label{{grid-column:1}}
 form>label+input{{grid-column:2}}
 """
-"""The stylesheet of every page, including those of answers."""
+"""The stylesheet of all pages, including answers."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,12 @@ class Placed:
 
 
 def place(body: Sequence[Element]) -> tuple[Placed, ...]:
-    """The boxes of all elements without children and of frames around others, in document order."""
+    """The boxes of all leaf elements and of FRAMES, in document order."""
     return tuple(_stack(body, GAP, GAP / 2, PAGE - 2 * GAP)[0])
 
 
 def _stack(elements: Sequence[Element], x: float, y: float, width: float) -> tuple[list[Placed], float]:
-    """Elements below each other, and the y of the next one."""
+    """Elements stacked vertically, and the y of the next one."""
     placed: list[Placed] = []
     for element in elements:
         if element.tag == "section":

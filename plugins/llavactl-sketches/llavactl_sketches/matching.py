@@ -1,4 +1,4 @@
-"""Scores of the elements of an answer against those of the reference, from 0 to 1."""
+"""Scores from 0 to 1 of the elements of an answer, compared with the reference."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def compare_boxes(reference: Sequence[Found], answer: Sequence[Found], count: in
     """Compares boxes; the answer has ``count`` elements, of which there may be fewer in ``answer``.
 
     Elements of a kind are matched for the largest sum of intersection over union. ``layout`` is twice this sum, divided
-    by the number of elements on both pages, so an element too many lowers it like one too few. ``text`` is the same for
-    the similarity of texts, over matched elements that overlap.
+    by the number of elements on both pages, so missing and extra elements cost the same. ``text`` is the same ratio for
+    the text similarity of matched elements that overlap.
     """
     import numpy as np
     from scipy.optimize import linear_sum_assignment

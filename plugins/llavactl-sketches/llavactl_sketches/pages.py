@@ -57,7 +57,7 @@ class Page:
 
 
 def split_of(structure: str) -> Split:
-    """The split that pages of this structure belong to, for every seed: no test structure is ever in training."""
+    """The split of pages with this structure, for every seed: no structure is in both splits."""
     return "test" if hashlib.sha256(structure.encode()).digest()[0] % TEST_SHARE == 0 else "train"
 
 
@@ -99,7 +99,7 @@ class _Author:
         return Element("ul", children=tuple(Element("li", text) for text in self.rng.sample(self.words.item, number)))
 
     def stack(self, rows: int) -> Iterator[Element]:
-        """Different blocks below each other that fill ``rows`` rows."""
+        """Blocks that fill ``rows`` rows; neighbors have different tags."""
         previous = ""
         while rows:
             sizes = {"p": 1, "button": 1, "input": 1, "img": 2, "ul": self.rng.choice((2, 3))}

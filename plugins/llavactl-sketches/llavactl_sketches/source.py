@@ -20,7 +20,7 @@ PROMPT = (
 """The default prompt; it names the elements, which a model can't know otherwise."""
 
 BOX_WORDS = {"h1": "heading", "h2": "heading", "p": "text", "img": "image", "li": "item"}
-"""The word for an element in boxes, if it isn't its tag: box alignment fits image tokens to embeddings of words."""
+"""The word for an element in the names of boxes, if not its tag; box alignment uses the embeddings of words."""
 
 
 class SketchOptions(Options):
@@ -40,12 +40,12 @@ class SketchOptions(Options):
 class SketchesOptions(SketchOptions):
     """Options of the source ``sketches``."""
 
-    count: int = Field(ge=1, description="number of sketches; more sketches begin with the same ones")
-    split: Split = Field("train", description="test has structures of pages that train never has, for any seed")
+    count: int = Field(ge=1, description="number of sketches; a larger count adds sketches and keeps the first ones")
+    split: Split = Field("train", description="no page structure is in both splits, for any seed")
 
 
 def sketches(options: SketchesOptions) -> Iterator[Sample]:
-    """One sample per sketch: its HTML in a code block. Layouts take turns."""
+    """One sample per sketch, with its HTML in a code block; layouts alternate."""
     for index in range(options.count):
         page, image = options.sketch(options.split, index)
         turns = (Turn("user", (image, "\n" + options.prompt)), Turn("assistant", (f"```html\n{page.html}\n```",)))
@@ -58,7 +58,7 @@ def caption(page: Page) -> str:
 
 
 def boxes(page: Page) -> tuple[Box, ...]:
-    """The elements of a page; the category is its text and then its kind, such as "Buy button"."""
+    """The boxes of a page's elements; the category is an element's text and kind ("Buy button")."""
     return tuple(
         Box(_name(item.tag, item.text), tuple(side / PAGE for side in item.box))  # type: ignore[arg-type] # four
         for item in place(page.body)

@@ -1,4 +1,4 @@
-"""The task ``sketch-to-html``: HTML for hand-drawn wireframes, compared with the HTML they were drawn from."""
+"""The task ``sketch-to-html``: HTML for hand-drawn wireframes, compared with the HTML of their pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = {
     "rendered": ("layout", "text", "exact", "valid"),
     "dom": ("structure", "structure_text", "structure_exact", "structure_valid"),
 }
-"""The scores of each protocol: no name means two things."""
+"""The names of each protocol's scores; protocols share none, as their scores aren't comparable."""
 
 EXACT = 0.99
 """The layout of an exact answer; positions in a browser are rounded."""
@@ -31,9 +31,9 @@ EXACT = 0.99
 class SketchToHtmlOptions(SketchOptions):
     """Options of the task ``sketch-to-html``."""
 
-    count: int = Field(100, ge=1, description="number of sketches, of the test split")
+    count: int = Field(100, ge=1, description="number of sketches of the test split")
     browser: str = Field(
-        "auto", min_length=1, description="Chromium to compare pages in: a program, `none`, or `auto`: the first found"
+        "auto", min_length=1, description="Chromium program to compare pages in; `auto`: the first one found; `none`"
     )
     timeout_s: float = Field(30, gt=0, le=600, description="time limit of each start of the browser, in seconds")
 
@@ -81,7 +81,7 @@ class SketchToHtml:
         return (self.options.sketch("test", index) for index in range(self.options.count))
 
     def _rendered(self, pages: list[Page], bodies: Mapping[str, str | None]) -> dict[str, Grade | None]:
-        """By page id: boxes of the answer compared with those of the page; None without any visible element."""
+        """Grades by page id, from boxes in the browser; None if the answer has no visible element."""
         assert self.browser is not None, "the protocol is available with a browser only"
         shown = {name: body for name, body in bodies.items() if body is not None}
         measured = dict(zip(shown, self.browser.measure(list(shown.values())), strict=True))
@@ -95,7 +95,7 @@ class SketchToHtml:
 
 
 def _compared(pages: list[Page], bodies: Mapping[str, str | None]) -> dict[str, Grade | None]:
-    """By page id: elements of the answer compared with those of the page; None without any element."""
+    """Grades by page id, from elements in document order; None if the answer has no element."""
     graded: dict[str, Grade | None] = {}
     for page in pages:
         found = read_dom(bodies[page.id] or "")
@@ -110,14 +110,14 @@ def _reference(page: Page) -> list[Found]:
 
 
 def _means(grades: list[Grade | None], elements: str, texts: str) -> dict[str, Json]:
-    """The means of both scores in percent, and their number; pages without text have no score for texts."""
+    """The mean scores in percent and the number of pages; pages without text have no score for texts."""
     layouts = [grade.layout if grade else 0.0 for grade in grades]
     scored = [text for text in (grade.text if grade else 0.0 for grade in grades) if text is not None]
     return {elements: 100 * fmean(layouts), texts: 100 * fmean(scored) if scored else None, "n": len(grades)}
 
 
 def _browser(options: SketchToHtmlOptions) -> Browser | None:
-    """The browser of the option.
+    """The browser that ``options.browser`` selects; None for a comparison without one.
 
     Raises:
         RecipeError: the program isn't installed.

@@ -10,7 +10,7 @@ Language = Literal["de", "en", "es", "fr"]
 
 @dataclass(frozen=True)
 class Words:
-    """The words of one language by their place on a page; no word has two places."""
+    """The words of one language by their use on a page; each word has one use."""
 
     menu: tuple[str, ...]
     heading: tuple[str, ...]

@@ -40,17 +40,19 @@ if TYPE_CHECKING:
     "--port",
     type=click.IntRange(0, 65535),
     metavar="N",
-    help="Listen on this port; 0: any free one.  [default: the first free one from 7860]",
+    help="Listen on this port; 0: any free port.  [default: the first free port from 7860]",
 )
-@click.option("--token", metavar="TEXT", help="Require this token.  [default: a random one, for other hosts only]")
+@click.option(
+    "--token", metavar="TEXT", help="Require this token.  [default: none on loopback, otherwise a random token]"
+)
 @click.option(
     "--allow-host",
     "names",
     multiple=True,
     metavar="NAME",
-    help="Accept requests for this host name, such as that of a reverse proxy (repeatable).",
+    help="Accept requests for this host name, for example of a reverse proxy (repeatable).",
 )
-@click.option("--allow-urls", is_flag=True, help="Download images from URLs with public addresses.")
+@click.option("--allow-urls", is_flag=True, help="Add a field to download images from URLs with public addresses.")
 def command(
     recipe: str | None,
     overrides: tuple[str, ...],

@@ -1,4 +1,4 @@
-"""An ASGI layer around the whole server: who may ask, for what, and what a page may do."""
+"""ASGI middleware around the whole server: access control and security headers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Access:
     hosts: Collection[str]
     token: str = ""
     addresses: bool = False
-    """Whether any IP address is a name of the server. An attacker's page has a host name (DNS rebinding)."""
+    """Whether any IP address is accepted as the host: DNS rebinding needs a host name."""
 
     def is_own(self, host: str) -> bool:
         """Whether the ``Host`` header is a name of this server."""
@@ -64,12 +64,12 @@ class Access:
 
     @property
     def cookie(self) -> str:
-        """What the browser keeps instead of the token."""
+        """The value of the cookie that replaces the token."""
         return hmac.new(self.token.encode(), b"llavactl-web cookie", hashlib.sha256).hexdigest()
 
 
 class Guard:
-    """Refuses requests for other hosts, from other origins, without the token, or for other paths than the page's."""
+    """Refuses requests for other hosts, from other origins, without the token, or for paths the page doesn't use."""
 
     def __init__(self, app: App, access: Access, max_upload: int) -> None:
         self.app, self.access, self.max_upload = app, access, max_upload
@@ -83,7 +83,7 @@ class Guard:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if not self.access.is_own(headers.get("host", "")):
-            return await _refuse(send, 421, "this host name is not one of the server's: see --allow-host")
+            return await _refuse(send, 421, "unknown host name: see --allow-host")
         if _is_cross_site(headers):
             return await _refuse(send, 403, "requests from other sites are refused")
         if self.access.token and not self._has_cookie(scope, headers):
@@ -100,7 +100,7 @@ class Guard:
             receive = _replayed(body, receive)
         elif is_post and int(headers.get("content-length", "-1") or -1) not in range(self.max_upload):
             return await _refuse(send, 413, f"uploads are limited to {self.max_upload} bytes")
-        if path == "/":  # its scripts must be readable, to list their hashes
+        if path == "/":  # uncompressed, so that its scripts can be hashed
             scope["headers"] = [pair for pair in scope["headers"] if pair[0].lower() != b"accept-encoding"]
         await self.app(scope, receive, send)
         return None
@@ -117,7 +117,7 @@ class Guard:
         """Exchanges the token in the URL for a cookie."""
         given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
         if scope["path"] != "/" or not self.access.admits(given):
-            return await _refuse(send, 401, "open the URL with the token, which llavactl has printed")
+            return await _refuse(send, 401, "open the URL with the token that llavactl printed")
         cookie = f"{_cookie_name(scope)}={self.access.cookie}; HttpOnly; SameSite=Lax; Path=/; Max-Age=2592000"
         if headers.get("x-forwarded-proto", scope.get("scheme")) == "https":
             cookie += "; Secure"
@@ -128,7 +128,7 @@ class Guard:
 
 
 def _cookie_name(scope: Scope) -> str:
-    """Browsers share the cookies of all ports of a host."""
+    """The name contains the port, because browsers share cookies between the ports of a host."""
     server = scope.get("server") or ("", 0)
     return f"llavactl-web-{server[1]}"
 
@@ -212,9 +212,9 @@ _INLINE_SCRIPT = re.compile(r"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DO
 
 
 def policy(page: str) -> str:
-    """The content security policy of ``page``: nothing from other hosts, and only the inline scripts that it has now.
+    """The content security policy of ``page``: no other hosts, and only the inline scripts of ``page``.
 
-    gr.HTML and ``js=`` compile functions of gradio's, hence ``unsafe-eval``; no event handler in an attribute runs.
+    gradio compiles the functions of gr.HTML and ``js=``, hence ``unsafe-eval``. Event handlers in attributes don't run.
     """
     hashes = (hashlib.sha256(script.encode()).digest() for script in _INLINE_SCRIPT.findall(page))
     scripts = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)

@@ -1,8 +1,7 @@
 """Previews of HTML answers. Such HTML is untrusted: it may ask for passwords or report that it was shown.
 
 The frame's sandbox and policy prevent scripts, forms, navigation, popups and requests. Some browsers still open
-connections ahead of requests, for links and ``<link rel=preconnect>``: hence the document is written anew, without
-addresses.
+connections for links and ``<link rel=preconnect>``, so the document is rewritten without URLs.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def preview(document: str) -> str:
 
 
 def without_addresses(document: str) -> str:
-    """``document`` without scripts, and without elements and attributes that have addresses, but for data: images."""
+    """``document`` without scripts, and without elements and attributes with URLs, except data: images."""
     writer = _Writer()
     writer.feed(document)
     writer.close()
@@ -43,12 +42,16 @@ def without_addresses(document: str) -> str:
 
 
 class _Writer(HTMLParser):
-    """Writes what it parses, normalized: browsers then read the same elements, whatever the document's syntax."""
+    """Writes what it parses in normalized form, so that browsers parse the same elements."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.pieces: list[str] = []
         self._inside = ""
+
+    def parse_marked_section(self, i: int, report: int = 1) -> int:  # noqa: ARG002
+        """As browsers do; HTMLParser of older Pythons raises AssertionError for ``<![<``."""
+        return self.parse_bogus_comment(i)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in ("script", "style"):
@@ -70,7 +73,7 @@ class _Writer(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._inside == "style":
-            self.pieces.append(_styles(data).replace("<", ""))  # in SVG, elements begin inside of <style>
+            self.pieces.append(_styles(data).replace("<", ""))  # in SVG, <style> may contain elements
         elif self._inside != "script":
             self.pieces.append(html.escape(data))
 
@@ -79,7 +82,7 @@ _STYLE_ADDRESS = re.compile(r"@import[^;]*;?|url\(\s*['\"]?(?!data:)[^)]*\)?", r
 
 
 def _styles(text: str) -> str:
-    """``text`` without usual addresses; the policy refuses the others, such as those with escapes."""
+    """``text`` without ordinary URLs; the policy blocks others (with escapes, for example)."""
     return _STYLE_ADDRESS.sub("", text)
 
 

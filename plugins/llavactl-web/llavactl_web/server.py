@@ -36,7 +36,7 @@ _OFFLINE = {
 
 @contextmanager
 def gradio_settings() -> Iterator[None]:
-    """Without telemetry, and with a private folder for uploads that is removed at the end; before gradio's import."""
+    """Disables telemetry, and removes the private folder for uploads at the end; enter before importing gradio."""
     os.environ.update(_OFFLINE)
     folder = tempfile.mkdtemp(prefix="llavactl-web-")
     former = tempfile.tempdir
@@ -132,7 +132,7 @@ def access_for(host: str, token: str | None, names: tuple[str, ...]) -> Access:
     """Loopback needs no token; other hosts get one.
 
     Raises:
-        RecipeError: the token is empty or not ASCII.
+        RecipeError: the token is shorter than 8 characters, or not printable ASCII.
     """
     if token is not None and (len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token):
         raise RecipeError("--token: expected at least 8 printable ASCII characters without spaces")
@@ -143,7 +143,7 @@ def access_for(host: str, token: str | None, names: tuple[str, ...]) -> Access:
 
 
 def url(listening: socket.socket, host: str, token: str) -> str:
-    """The URL to open; the wildcard addresses stand for every address of the machine."""
+    """The URL to open, with the machine's host name for wildcard addresses."""
     shown = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)  # noqa: S104
     shown = f"[{shown}]" if ":" in shown else shown
     port = listening.getsockname()[1]

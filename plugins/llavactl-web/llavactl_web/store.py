@@ -116,7 +116,7 @@ class Vote:
 
 @dataclass(frozen=True)
 class Wins:
-    """The votes on the models ``a`` and ``b``, whichever side they were on."""
+    """The votes on the models ``a`` and ``b``, on either side."""
 
     a: str
     b: str
