@@ -118,6 +118,16 @@ def test_progress_is_called_only_during_its_own_call(toy: Path) -> None:
     assert len(updates) == before
 
 
+def test_retry_samples_another_answer_unless_a_seed_is_given(trained: Path) -> None:
+    chat = llavactl.Chat(llavactl.load_model(trained / "runs/toy/stage2/model"))
+    sampled = {"temperature": 50.0, "max_new_tokens": 8}
+    first = chat.ask("What?", None, seed=3, **sampled).text
+    assert chat.retry(seed=3, **sampled).text == first
+    second = chat.retry(**sampled).text
+    assert second != first
+    assert chat.retry(seed=4, **sampled).text == second
+
+
 def test_a_failed_turn_is_removed(trained: Path) -> None:
     chat = llavactl.Chat(llavactl.load_model(trained / "runs/toy/stage2/model"))
     with pytest.raises(llavactl.DataError):

@@ -12,7 +12,7 @@ from llavactl.chat.assistant import Assistant
 from llavactl.chat.conversation import AnswerStream, Conversation
 from llavactl.chat.explain import Explanation, explain_last
 from llavactl.chat.inputs import user_content
-from llavactl.chat.sampling import SamplingOptions, changed
+from llavactl.chat.sampling import MAX_SEED, SamplingOptions, changed
 from llavactl.chat.transcript import load_turns, save_turns
 from llavactl.core.errors import unexpected
 from llavactl.core.progress import Progress, reporting_to
@@ -41,6 +41,7 @@ class Chat:
         if not isinstance(model, Assistant):
             raise unexpected("model", "the return value of load_model", model)
         self._conversation = Conversation(model, system, turns)
+        self._seed = 0
 
     @property
     def turns(self) -> Sequence[Turn]:
@@ -50,9 +51,9 @@ class Chat:
     def ask(
         self,
         prompt: str,
-        image: Image | Sequence[Image] = (),
+        image: Image | Sequence[Image] | None = None,
         *,
-        images: Image | Sequence[Image] = (),
+        images: Image | Sequence[Image] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> AnswerStream:
         """The answer to ``prompt``, an iterator of pieces of text; ``str()`` or ``.text`` is the complete answer.
@@ -77,10 +78,13 @@ class Chat:
     def retry(self, **sampling: Unpack[SamplingOptions]) -> AnswerStream:
         """Answers the last question again, as ``ask`` does; greedy decoding gives the same answer.
 
+        Unless ``seed`` is given, it is that of the last answer plus 1, so that sampling gives another answer.
+
         Raises:
             LlavactlError: there is no question.
         """
-        return self._conversation.retry(self._sampling(sampling))
+        options: SamplingOptions = {"seed": (self._seed + 1) % (MAX_SEED + 1), **sampling}
+        return self._conversation.retry(self._sampling(options))
 
     def undo(self) -> bool:
         """Removes the last question and its answer; False if there was none."""
@@ -116,8 +120,12 @@ class Chat:
         return self._conversation.open_image(image if isinstance(image, str | Path) else image_in_memory(image))
 
     def _sampling(self, options: SamplingOptions) -> Sampling:
-        return changed(self._conversation.assistant.sampling, options)
+        chosen = changed(self._conversation.assistant.sampling, options)
+        self._seed = chosen.seed
+        return chosen
 
 
 def _each_image(images: Any) -> Sequence[Any]:
+    if images is None:
+        return ()
     return images if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]

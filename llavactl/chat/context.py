@@ -64,7 +64,10 @@ def check_fits(assistant: Assistant, turns: Sequence[Turn], what: str) -> None:
     if tokens < limit:
         tokens = len(assistant.prompt(turns))
     if tokens >= limit:
-        raise DataError(f"{what} and its images have at least {tokens:,} tokens, but the model's context is {limit:,}")
+        raise DataError(
+            f"{what} and its images have at least {tokens:,} tokens, but the model's context is {limit:,}",
+            hint="shorten it, or use a model with a longer context",
+        )
 
 
 def without_oldest(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:

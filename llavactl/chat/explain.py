@@ -33,19 +33,20 @@ MAX_BLOCKS = 7
 """Occlusion hides one of at most 7 x 7 blocks of patches at a time; each costs a forward pass of the conversation."""
 
 LIMITS = (
-    "Attention shows where the model read, not what it used; occlusion shows what a word depends on, block by block, "
-    "but not why, and misses what two blocks show alike."
+    "Attention shows where the model reads, not what it uses. Occlusion shows which blocks a word depends on, one at a "
+    "time, and misses information that two blocks share."
 )
-"""What such maps can't tell."""
+"""The limits of these maps, printed with them."""
 
 
 @dataclass(frozen=True)
 class Word:
     """The maps of one word of an answer, one of each kind per image.
 
-    ``attention``: the share of the word's attention at each cell [h, w] of the connector's grid, averaged over heads,
-    layers and tokens; None if the connector's tokens belong to no cell. ``occlusion``: by how much the word's
-    log-probability (in nats) falls if a block [h, w] of the image's features is replaced by their mean.
+    ``attention``: the attention to each cell [h, w] of the connector's grid, as a share of the attention to the tokens
+    of all images, averaged over heads, layers and the word's tokens; None if the connector's tokens belong to no cell.
+    ``occlusion``: the decrease of the word's log-probability (in nats) if a block [h, w] of the image's features is
+    replaced by their mean.
     """
 
     text: str
@@ -112,7 +113,7 @@ def explain(assistant: Assistant, turns: Sequence[Turn], features: FeatureLookup
     encoded = assistant.encode_answer(turns) if turns and turns[-1].role == "assistant" else Encoded((), ())
     words = _words(assistant, encoded)
     if not encoded.images or not words:
-        raise DataError("there is nothing to explain: no image, or no answer", hint="ask a question about an image")
+        raise DataError("nothing to explain: no image or no answer", hint="ask a question about an image")
     shape, device = assistant.shape, assistant.model.device
     assert shape is not None, "explanations need the shape of the features"
     batch = to_device(collate([encoded], features or assistant.features), device)

@@ -16,9 +16,9 @@ OPACITY = 0.7
 
 
 def overlay(image: Image.Image, values: np.ndarray) -> Image.Image:
-    """``image`` with its parts colored by ``values`` [h, w].
+    """``image`` with the map ``values`` [h, w] drawn over it.
 
-    The largest value is the most opaque; values up to 0 are not shown. The map covers the image, so ``image`` must be
+    The largest value is the most opaque; values ≤ 0 are transparent. The map covers the image, so ``image`` must be
     as the vision encoder sees it: padded or cropped.
     """
     from PIL import Image

@@ -49,7 +49,9 @@ def load_turns(file: Path) -> list[Turn]:
         document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise DataError(f"{file}: the JSON is nested too deeply", hint=_HINT) from error
+    except ValueError as error:
         raise DataError(f"{file}: not JSON: {error}", hint=_HINT) from error
     messages = document.get("messages") if isinstance(document, dict) else document
     if not isinstance(messages, list):
@@ -108,9 +110,8 @@ def _part(part: Any, base: Path) -> Content:
         case {"type": "text", "text": str(text)}:
             return text
         case {"type": "image", "image": str(name)}:
-            if is_url(name) and not is_file_url(
-                name
-            ):  # a file of somebody else must not make this machine request anything
+            # A file of somebody else must not make this machine request anything.
+            if is_url(name) and not is_file_url(name):
                 raise DataError(f"the image is a URL: {shortened(name)}", hint="download it, and name its file")
             return open_image(name, base)
     raise DataError('expected parts {"type": "text", "text": …} or {"type": "image", "image": …}')

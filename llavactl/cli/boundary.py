@@ -22,6 +22,8 @@ from llavactl.core.plugin_code import fault_text
 
 log = logging.getLogger(__name__)
 
+_MEMORY_HINT = "reduce `micro_batch_size` in training; chat with `--quantize 4` or `--dtype bfloat16`"
+
 
 def report(error: BaseException) -> None:
     """Prints ``error`` to stderr; with ``--verbose``, its traceback as well."""
@@ -56,7 +58,7 @@ def explained(error: BaseException) -> LlavactlError | None:
 def _machine_error(error: BaseException) -> LlavactlError | None:
     """The error of the operating system, a package, memory, a device, the model hub or an unreadable file, or None."""
     if out_of_memory(error):
-        return LlavactlError(f"out of memory: {reason(error)}", hint="reduce `micro_batch_size`")
+        return LlavactlError(f"out of memory: {reason(error)}", hint=_MEMORY_HINT)
     if isinstance(error, ImportError):
         return _import(error)
     if (_from(error, "huggingface_hub") and isinstance(error, OSError)) or _from(error, "httpx2"):
@@ -78,9 +80,9 @@ def _machine_error(error: BaseException) -> LlavactlError | None:
 def _hint(error: OSError) -> str:
     match errno.errorcode.get(error.errno or 0):
         case "ENOSPC" | "EDQUOT":
-            return "free disk space, or set LLAVACTL_HOME or `run_dir` to a folder on another disk"
+            return "free disk space, or write to another disk (`run_dir`, LLAVACTL_HOME)"
         case "EACCES" | "EPERM" | "EROFS":
-            return "change the permissions, or set LLAVACTL_HOME or `run_dir` to a writable folder"
+            return "change the permissions, or write to another folder (`run_dir`, LLAVACTL_HOME)"
         case "EMFILE" | "ENFILE":
             return "raise the limit of open files: `ulimit -n`"
     return ""

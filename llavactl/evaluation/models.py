@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from llavactl.chat.context import check_fits
 from llavactl.chat.loading import load_assistant
 from llavactl.chat.transformers_model import (
     PREFIX,
@@ -64,11 +65,19 @@ class EvaluatedModel:
         """The prompt format of a transformers model; None for llavactl's own models, which have a template."""
         return prompt_format_of(self.folder) if self.from_transformers else None
 
-    def load(self, questions: Sequence[Question]) -> Answerer:
-        """Loads the model; ``questions`` are all questions of the task, whose images are shuffled for a baseline."""
-        model: Answerer = (
-            load_transformers_model(self.folder) if self.from_transformers else load_assistant(self.folder)
-        )
+    def load(self, questions: Sequence[Question], asked: Sequence[Question] = ()) -> Answerer:
+        """Loads the model; ``questions`` are all questions of the task, whose images are shuffled for a baseline.
+
+        Raises:
+            DataError: the prompt of a question in ``asked`` exceeds the context of a model of llavactl.
+        """
+        model: Answerer
+        if self.from_transformers:
+            model = load_transformers_model(self.folder)
+        else:
+            model = load_assistant(self.folder)
+            for question in asked:
+                check_fits(model, question.turns, f"question {question.id}")
         return ShuffledImageModel(model, image_replacements(questions)) if self.shuffled_images else model
 
 

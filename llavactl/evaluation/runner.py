@@ -40,7 +40,7 @@ def answer_questions(
     writes its answers to a part file, which is merged into ``file`` at the end, or by the next run after a kill.
 
     Raises:
-        DataError: an image can't be read, or another process is writing ``file``.
+        DataError: an image can't be read, a prompt exceeds the model's context, or another process is writing ``file``.
     """
     busy = DataError(f"another process is writing {file}", hint="wait until it has finished")
     with exclusive_lock(file.with_name(f".{file.name}.lock"), busy) if processes.is_main else nullcontext():
@@ -50,7 +50,7 @@ def answer_questions(
             return answers
         _check_images(pending)
         total = len(questions[:limit])
-        loaded = model.load(questions)
+        loaded = model.load(questions, pending)
         sampling = Sampling(max_new_tokens=settings.max_new_tokens)
         file.parent.mkdir(parents=True, exist_ok=True)
         own_batches = list(question_batches(pending, settings.batch_size))[processes.rank :: processes.count]

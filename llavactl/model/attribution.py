@@ -30,9 +30,9 @@ _RECORDING = threading.Lock()
 
 @torch.inference_mode()
 def attention(model: LlavaModel, batch: Batch) -> torch.Tensor:
-    """The attention [A, T] with which each of the A targets is predicted, to the tokens of ``batch`` (one row [1, T]).
+    """The attention [A, T] from the A positions that predict the targets to the tokens of ``batch`` (one row [1, T]).
 
-    It is the mean over all heads and layers. The targets are the last tokens; each is predicted by the one before it.
+    It is the mean over all heads and layers. The targets are the last tokens; each is predicted by the token before.
 
     Raises:
         ModelError: the language model has no attention weights.
@@ -54,11 +54,11 @@ def occlusion(
     masks: Sequence[torch.Tensor],
     advance: Callable[[int], object] = lambda _count: None,
 ) -> torch.Tensor:
-    """By how much the log-probability of each of the A targets falls [N, A] without some patches of one image.
+    """The decrease [N, A] of the log-probability (in nats) of each of the A targets if a block of one image is hidden.
 
-    ``batch`` is one row [1, T] whose targets are its last tokens. In copy n, the features [P, Dv] of the image with
+    ``batch`` is one row [1, T] whose targets are its last tokens. For block n, the features [P, Dv] of the image with
     the index ``image`` are replaced by their mean where ``masks[n]`` [P] is True. ``advance`` is called with the
-    number of copies of each forward pass.
+    number of blocks after each forward pass.
     """
     features = image_features(batch)
     assert features is not None

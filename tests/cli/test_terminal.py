@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import select
 import struct
 import subprocess
 from collections import Counter
@@ -31,6 +32,8 @@ BAR_VARIABLES = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
 """Set by commands that ran in this process."""
 
 LINES = 40
+SILENCE_S = 120
+"""A test fails, instead of waiting forever, if its program prints nothing for so long."""
 
 BARS = """
 import logging, sys, time
@@ -93,6 +96,8 @@ class Terminal:
 
     def read(self) -> bool:
         """Reads some output; false if the process has exited."""
+        ready, _, _ = select.select([self.master], [], [], SILENCE_S)
+        assert ready, f"no output for {SILENCE_S} s: {self.lines()}"
         try:
             chunk = os.read(self.master, 65536)
         except OSError:  # Linux: the process has closed the terminal

@@ -191,6 +191,18 @@ def test_invalid_images_are_reported_before_the_model_is_loaded(run: Path) -> No
     assert run_cli("eval", "pope", "-t", "questions=q/q.jsonl", "-t", "follow_links=true", cwd=run).exit_code == 0
 
 
+def test_a_question_beyond_the_context_is_reported_before_the_first_answer(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"question_id": "long", "image": "images/photo-000.jpg", "text": "Is it?", "label": "yes"}
+    (run / "q.jsonl").write_text(json.dumps(row))
+    monkeypatch.setattr("llavactl.chat.context.context_length", lambda _language: 3)
+    result = run_cli("eval", "pope", "-t", "questions=q.jsonl", cwd=run)
+    assert result.exit_code == 1
+    assert "question long " in result.stderr
+    assert not list((run / "runs/toy/eval/answers").glob("*.jsonl"))
+
+
 class TestCompare:
     @pytest.fixture
     def files(self, tmp_path: Path) -> Path:

@@ -159,12 +159,14 @@ def command(
         raise click.UsageError("--batch can't be combined with --prompt or --image")
     if batch is not None and (explain or compiled):
         raise click.UsageError("--batch can't be combined with --explain or --compile")
+    if compiled and quantize:
+        raise click.UsageError("--compile can't be combined with --quantize")
     if as_json and batch is None and prompt is None:
         raise click.UsageError("--json requires --prompt or --batch")
     if force and save_code is None:
         raise click.UsageError("--force requires --save-code")
     if explain and prompt is not None and not images:
-        raise DataError("there is nothing to explain: no image", hint="add --image FILE")
+        raise DataError("nothing to explain: no image", hint="add --image FILE")
     from llavactl.cli.chat import line_input
 
     prompt = line_input.piped_text() if prompt == "-" else prompt

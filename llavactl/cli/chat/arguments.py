@@ -95,7 +95,7 @@ def file(text: str) -> Path:
         LlavactlError: no name, or a quote isn't closed.
     """
     names = files(text)
-    if not names:
+    if not any(names):
         raise LlavactlError("a file name is missing", hint="/save FILE or /load FILE")
     return Path(names[0] if len(names) == 1 else _local(text))
 

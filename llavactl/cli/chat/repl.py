@@ -102,13 +102,26 @@ class Repl:
 
     def edit(self, text: str) -> None:
         """Replaces the text of the last question, keeps its images, and answers it."""
-        before, pending = list(self.conversation.turns), self.pending
+        before, left_out, pending = list(self.conversation.turns), self.conversation.left_out, self.pending
         self.undo()
         try:
             self.ask(text)
         finally:
             if len(self.conversation.turns) < len(before):  # there is no new answer
-                self.conversation.turns[:], self.pending = before, pending
+                self.conversation.turns[:], self.conversation.left_out = before, left_out
+                self.pending = pending
+
+    def set(self, name: str, value: object) -> None:
+        """Changes a setting of the next answers.
+
+        Raises:
+            RecipeError: an unknown setting, or an invalid value.
+        """
+        from llavactl.chat.sampling import changed
+
+        self.sampling = changed(self.sampling, {name: value})
+        if name == "seed":
+            self._answers = 0
 
     def undo(self) -> bool:
         """Removes the last question and its answer, and makes its images pending; False without a question."""
@@ -128,7 +141,7 @@ class Repl:
         self._answer(self.conversation.retry)
 
     def _answer(self, start: Callable[[Sampling], AnswerStream]) -> None:
-        """Prints an answer; the seed increases with each answer of the session."""
+        """Prints an answer; the seed increases by 1 with each."""
         from llavactl.chat.sampling import MAX_SEED
 
         sampling = replace(self.sampling, seed=(self.sampling.seed + self._answers) % (MAX_SEED + 1))

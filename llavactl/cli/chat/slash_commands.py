@@ -140,7 +140,6 @@ def _system(repl: Repl, rest: str) -> None:
 
 
 def _set(repl: Repl, rest: str) -> None:
-    from llavactl.chat.sampling import changed
     from llavactl.cli.chat.repl import print_lines
 
     name, _, value = rest.partition(" ")
@@ -148,7 +147,7 @@ def _set(repl: Repl, rest: str) -> None:
         print_lines([f"{key} {value}" for key, value in asdict(repl.sampling).items()])
         return
     name = name.replace("-", "_")
-    repl.sampling = changed(repl.sampling, {name: _number(value.strip())})
+    repl.set(name, _number(value.strip()))
     log.info("%s is %s", name, getattr(repl.sampling, name))
 
 

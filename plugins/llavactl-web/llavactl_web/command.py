@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llavactl import PluginError, data_dir, load_model, load_recipe
+from llavactl import PluginError, data_dir, load_chat_model, load_recipe
 
 if TYPE_CHECKING:
+    from llavactl import Assistant
+
     from .gallery import Gallery
     from .sessions import Model
 
@@ -86,7 +90,7 @@ def command(
 
         folder = data_dir() / "web"
         setup = Setup(
-            _models(loaded, model, template, compare),
+            _models(functools.partial(load_chat_model, recipe, overrides, template=template), loaded, model, compare),
             Conversations(folder / "conversations"),
             Votes(folder / "votes.jsonl"),
             blind,
@@ -103,14 +107,13 @@ def command(
             sessions.end_all()
 
 
-def _models(recipe: Any, model: str | None, template: str | None, compare: str | None) -> list[Model]:
+def _models(load: Callable[..., Assistant], recipe: Any, model: str | None, compare: str | None) -> list[Model]:
     from .sessions import Model
 
-    first = load_model(model if model is not None else recipe, template=template, recipe=recipe)
-    models = [Model(model or str(recipe.name), first)]
+    models = [Model(model or str(recipe.name), load(model=model))]
     if compare is not None:
         name = compare if compare != models[0].name else f"{compare} (2)"
-        models.append(Model(name, load_model(compare, template=template, recipe=recipe)))
+        models.append(Model(name, load(model=compare)))
     return models
 
 

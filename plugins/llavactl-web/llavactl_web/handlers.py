@@ -1,4 +1,4 @@
-"""What the page does: each method handles one event of a tab and returns updates by the name of a component."""
+"""The event handlers of the page; each returns updates by component name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import html
 import logging
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,17 @@ Updates = dict[str, Any]
 _EMPTY = {"text": "", "files": []}
 SETTINGS = ("system", "temperature", "top_p", "seed", "max_new_tokens")
 
+_POLL_S = 0.3
+"""Between two looks at whether a question that waits for the model was stopped."""
+
 
 class Handlers:
     """The handlers of all tabs; each finds its session by the id of the tab."""
 
     def __init__(self, sessions: Sessions, gallery: Gallery | None) -> None:
         self.sessions, self.setup, self.gallery = sessions, sessions.setup, gallery
+        self._model = threading.Lock()
+        """Held by the tab that uses the model."""
 
     # Answers
 
@@ -61,49 +67,65 @@ class Handlers:
         settings: Sequence[Any],
         start: Callable[[Mapping[str, Any]], Generator[list[str]]],
         asked: str,
-        after_error: Updates,
+        if_unanswered: Updates,
     ) -> Iterator[Updates]:
-        """Streams the answers that ``start`` begins; ``asked`` is the new question as HTML."""
+        """Streams the answers that ``start`` begins.
+
+        ``asked`` is the new question as HTML, ``if_unanswered`` are updates after an error or a stop while waiting.
+        """
+
+        def stream() -> Iterator[Updates]:
+            with contextlib.closing(start(_sampling(options))) as answers:
+                for texts in answers:
+                    yield _live(session, texts)
+
         with session.lock:
             session.stop.clear()
             options = dict(zip(SETTINGS, settings, strict=True))
             session.set_system(str(options.pop("system") or "").strip())
             cleared: Updates = {"message": _EMPTY} if asked else {}
             yield self._view(session, asked=asked, busy=True) | cleared
-            outcome: Updates = {}
             try:
-                with contextlib.closing(start(_sampling(options))) as answers:
-                    for texts in answers:
-                        yield {
-                            f"live{side}": rendering.answer(text, session.names[side], finished=False)
-                            for side, text in enumerate(texts)
-                        }
-            except Exception as error:  # noqa: BLE001 - such as a lack of memory: the page must take the next question
-                _warn(_reported(error))
-                outcome = after_error
+                is_answered = yield from self._with_model(session, stream)
             finally:  # also if the tab was closed
                 _saved(session)
-            result = self._view(session) | outcome
+            result = self._view(session) | ({} if is_answered else if_unanswered)
         yield result
 
     def explain(self, request: gr.Request) -> Iterator[Updates]:
         """Shows which parts of the images the words of the last answers depend on."""
-        session = self._session(request)
+        session, maps = self._session(request), {}
+
+        def explained() -> Iterator[Updates]:
+            yield _live(session, ["Explaining…"] * len(session.names))
+            # gradio finds the event that this progress belongs to by the context.
+            explanations = session.explain(lambda share: gr.Progress()(share, desc="Explaining"))
+            maps.update({f"maps{side}": rendering.maps(each) for side, each in enumerate(explanations)})
+
         with session.lock:
             session.stop.clear()
-            yield _buttons(busy=True) | {
-                f"live{side}": rendering.answer("Explaining…", name, finished=False)
-                for side, name in enumerate(session.names)
-            }
-            maps: Updates = {}
-            try:
-                # gradio finds the event that this progress belongs to by the context.
-                explanations = session.explain(lambda share: gr.Progress()(share, desc="Explaining"))
-                maps = {f"maps{side}": rendering.maps(each) for side, each in enumerate(explanations)}
-            except Exception as error:  # noqa: BLE001 - such as a lack of memory: the page must take the next question
-                _warn(_reported(error))
+            yield _buttons(session, busy=True)
+            yield from self._with_model(session, explained)
             result = self._view(session) | maps
         yield result
+
+    def _with_model(self, session: Session, work: Callable[[], Iterator[Updates]]) -> Generator[Updates, None, bool]:
+        """Yields the updates of ``work``, which starts when no other tab uses the model.
+
+        Returns False if it was stopped before, or failed; the error is shown.
+        """
+        while not self._model.acquire(timeout=_POLL_S):
+            if session.stop.is_set():
+                return False
+            yield _live(session, ["Waiting for the answer of another tab…"] * len(session.names))
+        try:
+            yield from work()
+        except Exception as error:  # noqa: BLE001 - out of memory, for example: the page must take the next question
+            _warn(_reported(error))
+            return False
+        finally:
+            self._model.release()
+        return True
 
     def stop(self, request: gr.Request) -> None:
         self._session(request).stop.set()
@@ -114,7 +136,7 @@ class Handlers:
     # Conversations
 
     def load(self, request: gr.Request) -> Updates:
-        """A new tab, or a reload: the address names the conversation."""
+        """Opens the conversation that the address names, for a new tab or a reload."""
         session = self._session(request)
         if stored := request.query_params.get("c"):
             with session.lock, contextlib.suppress(LlavactlError):
@@ -238,8 +260,7 @@ class Handlers:
                 turns.pop()
             history = rendering.conversation(turns, name) + asked
             updates |= {f"history{side}": history, f"live{side}": live, f"maps{side}": ""}
-        updates |= _buttons(busy=busy)
-        updates["explain"] = gr.update(interactive=not busy and session.is_explainable)
+        updates |= _buttons(session, busy=busy)
         updates["current"] = session.id
         updates["title"] = session.title
         updates["export"] = _export_links(session)
@@ -255,9 +276,17 @@ class Handlers:
         return [(entry.title, entry.id) for entry in self.setup.conversations.entries()]
 
 
-def _buttons(*, busy: bool) -> Updates:
-    updates: Updates = {name: gr.update(interactive=not busy) for name in ("retry", "edit", "undo", "explain")}
-    return updates | {"stop": gr.update(interactive=busy)}
+def _buttons(session: Session, *, busy: bool) -> Updates:
+    has_question = session.last_question is not None
+    enabled = {"stop": busy, "explain": not busy and session.is_explainable}
+    enabled |= dict.fromkeys(("retry", "edit", "undo"), not busy and has_question)
+    return {name: gr.update(interactive=value) for name, value in enabled.items()}
+
+
+def _live(session: Session, texts: Sequence[str]) -> Updates:
+    """The answers so far."""
+    sides = zip(texts, session.names, strict=True)
+    return {f"live{side}": rendering.answer(text, name, finished=False) for side, (text, name) in enumerate(sides)}
 
 
 def _export_links(session: Session) -> str:

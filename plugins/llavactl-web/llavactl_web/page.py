@@ -73,7 +73,7 @@ def _conversation(parts: dict[str, Any], sessions: Sessions) -> None:
     with gr.Row(equal_height=True):
         for side in range(len(setup.models)):
             with gr.Column(elem_classes="chat"):
-                # The style reverses their order: the end stays in sight.
+                # CSS reverses the order, so that the end stays visible.
                 parts[f"maps{side}"] = _html(elem_id=f"maps{side}")
                 parts[f"live{side}"] = _html(elem_id=f"live{side}", elem_classes="live")
                 parts[f"history{side}"] = _html(elem_id=f"history{side}")
@@ -95,7 +95,7 @@ def _conversation(parts: dict[str, Any], sessions: Sessions) -> None:
     with gr.Row():
         parts["stop"] = _button("stop", "Stop", variant="stop", interactive=False)
         for name, label in (("retry", "Retry"), ("edit", "Edit last question"), ("undo", "Undo")):
-            parts[name] = _button(name, label)
+            parts[name] = _button(name, label, interactive=False)
         parts["explain"] = _button("explain", "Explain", interactive=False)
     with gr.Accordion("Camera", open=False):
         parts["webcam"] = gr.Image(sources=["webcam"], type="filepath", show_label=False, height=260)
@@ -165,12 +165,10 @@ def _on(
 
 
 def _wire_answers(page: gr.Blocks, parts: dict[str, Any], handlers: Handlers) -> None:
-    # One model: questions of all tabs wait in one queue.
-    queue: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal"}
-    queue["show_progress_on"] = parts["live0"]
-    _on(parts, parts["message"].submit, handlers.ask, ["message", *SETTINGS], **queue)
-    _on(parts, parts["retry"].click, handlers.retry, SETTINGS, **queue)
-    _on(parts, parts["explain"].click, handlers.explain, **queue)
+    timer: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": parts["live0"]}
+    _on(parts, parts["message"].submit, handlers.ask, ["message", *SETTINGS], **timer)
+    _on(parts, parts["retry"].click, handlers.retry, SETTINGS, **timer)
+    _on(parts, parts["explain"].click, handlers.explain, **timer)
     _on(parts, parts["stop"].click, handlers.stop)
     page.unload(handlers.closed)
 

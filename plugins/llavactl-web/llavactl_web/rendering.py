@@ -1,7 +1,7 @@
 """Conversations as HTML. All text in it is untrusted: an answer may repeat what is written in an image.
 
-Answers are rendered as Markdown without HTML and without images, and links are restricted to http(s) and mailto. So the
-page contains no element, attribute or address of an answer, apart from links, which need a click.
+Answers are rendered as Markdown without HTML and images; links are restricted to http(s) and mailto. Thus nothing in an
+answer becomes an element, an attribute or a URL of the page, except links, which only a click follows.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _link(renderer: Any, tokens: Sequence[Any], index: int, options: Any, env: A
 
 
 def wins_table(pairs: Sequence[Wins]) -> str:
-    """Votes per pair of models, with the share of the first model's wins and its 95 % interval."""
+    """Votes per pair of models, with the first model's share of wins and its 95 % interval (Wilson)."""
     if not pairs:
         return "<p>No votes yet.</p>"
     head = ("A", "B", "A wins", "B wins", "ties", "both bad", "A's share of wins, 95 % interval")

@@ -52,7 +52,7 @@ class _StoppedError(Exception):
 
 @dataclass
 class Session:
-    """Not thread-safe but for ``stop``: ``lock`` is held while it answers and while it is changed."""
+    """Not thread-safe, except ``stop``: ``lock`` is held while it answers and while it is changed."""
 
     setup: Setup
     models: list[Model] = field(default_factory=list)
@@ -66,6 +66,9 @@ class Session:
     """Whether the last answers were voted on, or there are none."""
     revealed: bool = False
     _stored: int = 0
+    _seed: int = -1
+    """As it was set for the last answer; ``_with_this_seed`` is the number of answers since it was changed."""
+    _with_this_seed: int = 0
 
     def __post_init__(self) -> None:
         self.start()
@@ -96,7 +99,7 @@ class Session:
         return turns[0].text if turns and turns[0].role == "system" else ""
 
     def set_system(self, text: str) -> None:
-        """Replaces the system prompt; "" means that of the model's template."""
+        """Replaces the system prompt; "": use the template's."""
         if text != self.system:
             self.chats = [
                 Chat(chat_model.assistant, system=text or None, turns=_without_system(chat.turns))
@@ -105,16 +108,26 @@ class Session:
 
     @property
     def last_question(self) -> Turn | None:
+        """None in an empty conversation."""
         return next((turn for turn in reversed(self.chats[0].turns) if turn.role == "user"), None)
 
     def ask(self, prompt: str, images: Sequence[str], sampling: Mapping[str, Any]) -> Generator[list[str]]:
         """Asks all models; yields the answers so far. Close the iterator to end them."""
         self.title = self.title or " ".join(prompt.split())[:MAX_TITLE] or "Image"
-        return self._answers(lambda chat: chat.ask(prompt, images=images, **sampling))
+        seeded = self._seeded(sampling)
+        return self._answers(lambda chat: chat.ask(prompt, images=images, **seeded))
 
     def retry(self, sampling: Mapping[str, Any]) -> Generator[list[str]]:
         """Answers the last question again, like ``ask``."""
-        return self._answers(lambda chat: chat.retry(**sampling))
+        seeded = self._seeded(sampling)
+        return self._answers(lambda chat: chat.retry(**seeded))
+
+    def _seeded(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """``sampling`` for the next answer: the seed increases by 1 with each, as in the terminal."""
+        seed = sampling.get("seed", 0)
+        self._with_this_seed = self._with_this_seed + 1 if seed == self._seed else 0
+        self._seed = seed
+        return {**sampling, "seed": (seed + self._with_this_seed) % 2**63}
 
     def _answers(self, start: Callable[[Chat], Any]) -> Generator[list[str]]:
         streams: list[Any] = []

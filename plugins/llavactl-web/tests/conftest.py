@@ -46,13 +46,16 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
 
 @pytest.fixture
 def script(model: Assistant, monkeypatch: pytest.MonkeyPatch) -> Script:
-    """What the model answers, through its real tokenizer and conversation; ``slow`` in a question delays tokens."""
+    """The model's answers by question, through its real tokenizer and conversation.
+
+    ``SEED`` in an answer is its seed; ``slow`` in a question delays tokens.
+    """
     answers: Script = {}
 
-    def tokens(self: Any, _sampling: Any) -> Iterator[int]:
+    def tokens(self: Any, sampling: Any) -> Iterator[int]:
         question = self.turns[-1].text.strip()
         self.assistant.encode(self.turns)  # what the real one may refuse
-        text = answers.get(question, question)
+        text = answers.get(question, question).replace("SEED", str(sampling.seed))
         for token in self.assistant.encoding.tokenizer(text, add_special_tokens=False).input_ids:
             time.sleep(0.05 if "slow" in question else 0)
             yield token
@@ -170,7 +173,11 @@ class Tab:
     def ready(self) -> None:
         """Waits until the page can take a question."""
         self.page.wait_for_selector("#message textarea")
-        self.wait("document.querySelector('#stop')?.disabled && !document.querySelector('#retry')?.disabled")
+        self.page.wait_for_selector("#retry", state="attached")
+        self.wait(
+            "document.querySelector('#stop').disabled && "
+            "document.querySelector('#retry').disabled == !document.querySelector('#history0 .question')"
+        )
 
     def wait(self, condition: str) -> None:
         self.page.wait_for_function(condition)

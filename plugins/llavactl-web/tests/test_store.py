@@ -121,6 +121,19 @@ def test_undo_and_retry(setup: Setup, script: dict[str, str]) -> None:
     assert session.undo() == ("", ())
 
 
+def test_each_answer_has_the_next_seed(setup: Setup, script: dict[str, str]) -> None:
+    session = Session(setup())
+    script["Seed?"] = "SEED"
+    for _ in session.ask("Seed?", [], {"seed": 5}):
+        pass
+    seeds = [session.chats[0].turns[-1].text]
+    for seed in (5, 5, 9, 2**63 - 1, 2**63 - 1):
+        for _ in session.retry({"seed": seed}):
+            pass
+        seeds.append(session.chats[0].turns[-1].text)
+    assert seeds == ["5", "6", "7", "9", str(2**63 - 1), "0"]
+
+
 def test_explanations_of_all_sides(setup: Setup, script: dict[str, str], photos: Sequence[Path]) -> None:
     session = asked(Session(setup("a", "b")), "One?")
     assert not session.is_explainable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections.abc import Callable
@@ -123,6 +124,23 @@ def test_sigterm_ends_the_conversation(start: Start, answering: bool) -> None:
         after(terminal, b"abc", "abc")
     terminal.process.send_signal(signal.SIGTERM)
     assert terminal.exit_code() == 143
+
+
+def test_earlier_questions_are_searched(folder: Path, start: Start) -> None:
+    (folder / "answer.md").write_text("done", encoding="utf-8")
+    answered = f"done[^>]*{PROMPT}"
+    terminal = start()
+    after(terminal, b"first question\r", answered)
+    after(terminal, b"second\r", answered)
+    terminal.press(b"\x12fir")
+    terminal.read_until("search.*fir$")
+    after(terminal, b"\r\r", answered)
+    after(terminal, b"/save x.json\r", "saved")
+    terminal.press(b"/quit\r")
+    assert terminal.exit_code() == 0
+    saved = json.loads((folder / "x.json").read_text(encoding="utf-8"))
+    asked = [message["content"] for message in saved["messages"] if message["role"] == "user"]
+    assert asked == ["first question", "second", "first question"]
 
 
 def test_lines_are_edited(folder: Path, start: Start) -> None:

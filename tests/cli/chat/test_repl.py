@@ -72,6 +72,11 @@ def test_a_sampled_session_is_reproducible(chat: Any) -> None:
     assert [line.split()[-1] for line in answers(chat("x", "y", options=options))] == [f"0.5/{2**63 - 1}", "0.5/0"]
 
 
+def test_set_seed_sets_the_seed_of_the_next_answer(chat: Any) -> None:
+    result = chat("x", "/set seed 7", "x", "x", "/set seed 7", "x", options=("--temperature", "1"))
+    assert [line.split("/")[-1] for line in answers(result)] == ["0", "7", "8", "7"]
+
+
 def test_saved_conversations_are_loaded_and_not_replaced(chat: Any, tmp_path: Path) -> None:
     result = chat("/save x.json", "/image a.jpg", "x", "/save my chat.json", "/save 'my chat.json'", "/save .")
     assert result.stderr.count("error: ") == 3
@@ -95,7 +100,7 @@ def test_the_system_prompt_is_kept_by_new(chat: Any, tmp_path: Path) -> None:
     "line",
     [
         "/set nosuch 1", "/set seed x", "/set temperature nan", "/set top_p 0", "/imag a.jpg", "/image", "/image 'a",
-        "/image a\0b", "/load '", "/image .", "/QUIT", "/quit now", "/undo 2", "/new x",
+        "/image a\0b", "/load '", "/load ''", "/image .", "/QUIT", "/quit now", "/undo 2", "/new x",
     ],
 )  # fmt: skip
 def test_errors_do_not_end_the_conversation(chat: Any, line: str) -> None:
