@@ -41,6 +41,14 @@ def drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(plots, "_draw_loss", lambda *_series: draw((1.0, 2.0), (2.0, 1.0), (), (), plots.LIGHT))
 
 
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings end with sample answers of 8 tokens instead of 64: a toy model never ends an answer."""
+    from llavactl.training import sample_answers
+
+    monkeypatch.setattr(sample_answers, "MAX_NEW_TOKENS", 8)
+
+
 @pytest.fixture
 def small_disk() -> Iterator[Callable[[Path, str], None]]:
     """Mounts a tmpfs: ``small_disk(folder, "size=64k")``; a second call changes it: ``"remount,size=1m"``.

@@ -53,8 +53,13 @@ def _provides(plugin: str, package: str) -> bool:
 
     if package in sys.stdlib_module_names:
         return False
-    others = _distributions().get(package, [])
+    others = distributions_of(package)
     return not others or plugins.package_named(plugin)[0] in others
+
+
+def distributions_of(package: str) -> list[str]:
+    """The names of the installed distributions with the top-level ``package``; reads all distributions once."""
+    return _distributions().get(package, [])
 
 
 _distributions = functools.cache(metadata.packages_distributions)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from llavactl.core.plugin_code import root_package
+from llavactl.core.plugin_code import distributions_of, root_package
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Json
@@ -31,7 +31,7 @@ def conditions(device: str, batch_size: int, backbone: object) -> dict[str, Json
         name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine()
     threads = {"threads": torch.get_num_threads()} if kind == "cpu" else {}
     package = root_package(type(backbone).__module__)
-    plugin = packages_distributions().get(package, []) if package != root_package(__name__) else []
+    plugin = distributions_of(package) if package != root_package(__name__) else []
     versions = {library: known for library in (*_LIBRARIES, *sorted(set(plugin))) if (known := _version(library))}
     return {"device": kind, "device_name": name, **threads, "batch_size": batch_size, **versions}
 

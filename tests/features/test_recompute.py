@@ -285,7 +285,7 @@ def test_a_recorded_recipe_is_listed_once() -> None:
 
 
 def test_conditions_have_the_version_of_a_plugin_and_tolerate_missing_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditions_module, "packages_distributions", lambda: {"their_plugin": ["their-plugin"]})
+    monkeypatch.setattr(conditions_module, "distributions_of", {"their_plugin": ["their-plugin"]}.__getitem__)
 
     def version(name: str) -> str:
         if name == "pillow":

@@ -213,15 +213,26 @@ class TransformersVision:
         return load_full_model(self)
 
     def shape(self) -> FeatureShape:
-        """The shape of the features that ``load`` will return, measured on a model without weights."""
+        """The shape of the features that ``load`` will return, measured on a model without weights.
+
+        A process measures equal configurations once.
+        """
         from llavactl.components.vision.encoder import measure
 
-        return measure(self)
+        options = self.options.model_dump(mode="json", exclude={"model"})
+        key = hash_json([self._full_config, _canonical(self.processor), options])
+        if key not in _SHAPES:
+            _SHAPES[key] = measure(self)
+        return _SHAPES[key]
 
     def load(self, device: str, dtype: str) -> VisionEncoder:
         from llavactl.components.vision.encoder import load_vision_encoder
 
         return load_vision_encoder(self, device, dtype)
+
+
+_SHAPES: dict[str, FeatureShape] = {}
+"""The measured shapes by a digest of the configuration."""
 
 
 class ClipOptions(TransformersVisionOptions):
