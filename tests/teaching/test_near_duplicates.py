@@ -41,7 +41,7 @@ def changed(text: list[str], similarity: float, rng: Random) -> list[str]:
     return result
 
 
-@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("threshold", [0.5, 0.95, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.3, 0.8))])
 def test_the_threshold_is_on_word_3_grams(threshold: float) -> None:
     """Pairs 0.15 above the threshold (at most identical ones) are found, pairs 0.15 below are not."""
     rng = Random(1)

@@ -168,7 +168,7 @@ def uninterrupted_and_resumed(
     return tuple(state)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("connector", ["statistics", "replaced"])
 def test_resumed_equals_uninterrupted_for_all_kinds_of_state(
     toy: Path, connector: str, stage: int, monkeypatch: pytest.MonkeyPatch

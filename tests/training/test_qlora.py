@@ -115,7 +115,7 @@ def test_without_bitsandbytes_the_error_names_the_extra(toy: Path, monkeypatch: 
     assert "llavactl[qlora]" in result.stderr
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_adapters_train_after_a_validation_and_merge_into_the_full_precision_model(toy: Path, precision: str) -> None:
     pytest.importorskip("bitsandbytes")
     result = train(toy, f"precision={precision}")

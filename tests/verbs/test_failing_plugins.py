@@ -216,12 +216,12 @@ def test_failing_images_are_skipped_by_every_command(toy: Path, source: str, vis
     check_agreement(toy, 3 if source else 6, source=source, vision=vision, number=number)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_images_that_are_not_bytes_are_skipped(toy: Path, number: int) -> None:
     check_agreement(toy, 3, source="invalid", number=number)
 
 
-@pytest.mark.parametrize("number", [0, 2, 3])
+@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 3))])
 def test_invalid_pixels_are_skipped(toy: Path, number: int) -> None:
     check_agreement(toy, 6, vision="pixels", number=number)
 

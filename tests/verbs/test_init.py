@@ -131,7 +131,7 @@ DATA: dict[str, tuple[Case, tuple[str, ...]]] = {
     ),
 }
 
-FAST = ("folder with text files", "table", "coco with boxes", "captions and conversations")
+FAST = ("folder with text files", "coco with boxes")
 
 
 def table(project: Path, name: str = "images/metadata.csv") -> Path:
@@ -326,7 +326,7 @@ def test_a_prediction_chooses_the_method(project: Path) -> None:
 @pytest.mark.parametrize(
     "device",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         pytest.param(("--device-memory", "1GB"), marks=pytest.mark.slow),
         ("--device-memory", "1GB", "--devices", "2"),
         pytest.param(("--devices", "2"), marks=pytest.mark.slow),

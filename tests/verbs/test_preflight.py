@@ -68,9 +68,9 @@ def test_a_valid_recipe_has_no_problems(toy: Path) -> None:
     [
         ("stage1.box_alignment_steps=3", "stage1.box_alignment_steps"),  # needs square images
         ("stage2.epocs=2", "stage2.epocs"),
-        ("stage1.template=unknown", "stage1.template"),
+        pytest.param("stage1.template=unknown", "stage1.template", marks=pytest.mark.slow),
         ("data.stage1=[{name: unknown}]", "data.stage1.0.name"),
-        ("extra=1", "extra"),
+        pytest.param("extra=1", "extra", marks=pytest.mark.slow),
     ],
 )
 def test_a_problem_of_another_section_does_not_hide_those_of_components(toy: Path, override: str, key: str) -> None:

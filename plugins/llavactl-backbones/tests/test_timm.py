@@ -278,7 +278,10 @@ def test_fused_with_a_model_of_transformers(
 
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [("timm", "vit_so400m_patch14_siglip_384"), ("perception-encoder", "vit_pe_lang_large_patch14_448")],
+    [
+        pytest.param("timm", "vit_so400m_patch14_siglip_384", marks=pytest.mark.slow),
+        ("perception-encoder", "vit_pe_lang_large_patch14_448"),
+    ],
 )
 def test_extract_and_train(name: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVACTL_HOME", str(tmp_path / "home"))

@@ -89,6 +89,7 @@ DATA: dict[str, Callable[[Path, Sequence[Path]], dict[str, Any]]] = {
     "hf-datasets": hf_datasets,
     "vqa": vqa,
 }
+FAST = ("messages", "parquet", "webdataset")
 MODULES = ["messages", "parquet", "tars", "hub", "questions", "regions"]
 
 
@@ -111,7 +112,13 @@ def test_every_source_conforms(tmp_path: Path, photos: Sequence[Path]) -> None:
     assert conform == registered, "with the package's own examples"
 
 
-@pytest.mark.parametrize(("name", "write"), [*DATA.items(), ("hf-datasets", hf_stream)])
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        *(pytest.param(*each, marks=() if each[0] in FAST else pytest.mark.slow) for each in DATA.items()),
+        pytest.param("hf-datasets", hf_stream, marks=pytest.mark.slow),
+    ],
+)
 def test_data_is_checked_shown_extracted_and_trained(
     name: str, write: Callable[[Path, Sequence[Path]], dict[str, Any]], tmp_path: Path, photos: Sequence[Path]
 ) -> None:
