@@ -196,14 +196,13 @@ def command(
         _converse(conversation, opened, chosen, save, explain=explain)
     elif as_json:
         report = chat.answer_prompt(conversation, prompt, opened, chosen)
+        save(report.answer)
         maps = {"explanation": chat.explanation(conversation)} if explain else {}
         output.document({**asdict(replace(report, images=images)), **maps})
-        save(report.answer)
     else:
-        answer = _stream(conversation, prompt, opened, chosen)
+        save(_stream(conversation, prompt, opened, chosen))
         if explain:
             print_maps(conversation)
-        save(answer)
 
 
 def _print_batch(answers: list[dict[str, Any]], as_json: bool) -> None:

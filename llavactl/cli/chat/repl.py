@@ -162,9 +162,9 @@ class Repl:
         finally:
             if len(self.conversation.turns) > turns:
                 self.pending = []
+        self._save_code(stream.text)
         if self._explain and any(turn.images for turn in self.conversation.turns):
             print_maps(self.conversation)
-        self._save_code(stream.text)
 
     def add_images(self, names: Sequence[str]) -> None:
         """Adds images to the next question; encodes each now, and logs its size or an error."""

@@ -112,7 +112,7 @@ class Service:
         if chat.model is not None and chat.model != settings.model:
             raise model_not_found(chat.model)
         context, tokens = self.batcher.context_length, assistant.min_tokens(chat.turns)
-        if context is not None and tokens > context:
+        if context is not None and tokens >= context:
             raise context_exceeded(context, tokens, "at least, in the messages")
         try:
             prompt = assistant.prompt(chat.turns)

@@ -24,7 +24,7 @@ from .store import Outcome
 log = logging.getLogger(__name__)
 
 Updates = dict[str, Any]
-_EMPTY = {"text": "", "files": []}
+EMPTY_MESSAGE = {"text": "", "files": []}
 SETTINGS = ("system", "temperature", "top_p", "seed", "max_new_tokens")
 
 _POLL_S = 0.3
@@ -83,7 +83,7 @@ class Handlers:
             session.stop.clear()
             options = dict(zip(SETTINGS, settings, strict=True))
             session.set_system(str(options.pop("system") or "").strip())
-            cleared: Updates = {"message": _EMPTY} if asked else {}
+            cleared: Updates = {"message": EMPTY_MESSAGE} if asked else {}
             yield self._view(session, asked=asked, busy=True) | cleared
             try:
                 is_answered = yield from self._with_model(session, stream)
@@ -146,7 +146,7 @@ class Handlers:
     def new(self, request: gr.Request) -> Updates:
         with self._changing(request) as session:
             session.start()
-            return self._view(session) | {"message": _EMPTY}
+            return self._view(session) | {"message": EMPTY_MESSAGE}
 
     def open(self, request: gr.Request, id: str) -> Updates:  # noqa: A002
         with self._changing(request) as session:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import gradio as gr
 
 from .gallery import Filter, Gallery
-from .handlers import SETTINGS, Handlers, Updates
+from .handlers import EMPTY_MESSAGE, SETTINGS, Handlers, Updates
 from .images import MAX_BYTES, MAX_IMAGES
 from .sessions import Sessions
 from .store import Outcome
@@ -84,6 +84,7 @@ def _conversation(parts: dict[str, Any], sessions: Sessions) -> None:
             ):
                 parts[f"vote {outcome}"] = gr.Button(label, size="sm")
     parts["message"] = gr.MultimodalTextbox(
+        value=EMPTY_MESSAGE,
         file_types=["image"],
         file_count="multiple",
         placeholder="Ask a question; drop or paste images here",

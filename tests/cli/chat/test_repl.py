@@ -124,6 +124,19 @@ def test_code_of_each_answer_is_saved(chat: Any, tmp_path: Path, monkeypatch: py
     assert sorted(file.name for file in (tmp_path / "pages").iterdir()) == ["index-2.html", "index.html"]
 
 
+def test_an_interrupted_explanation_keeps_the_code(
+    chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_conversation: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "print_maps", interrupted)
+    monkeypatch.setattr(FakeConversation, "answer", ["```html\n<p>\n```"])
+    result = chat("/image a.jpg", "x", "y", options=("--save-code", "pages", "--explain"))
+    assert len(answers(result)) == 6
+    assert sorted(file.name for file in (tmp_path / "pages").iterdir()) == ["index-2.html", "index.html"]
+
+
 def test_a_bug_ends_the_conversation(chat: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
