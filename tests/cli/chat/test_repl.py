@@ -124,9 +124,7 @@ def test_code_of_each_answer_is_saved(chat: Any, tmp_path: Path, monkeypatch: py
     assert sorted(file.name for file in (tmp_path / "pages").iterdir()) == ["index-2.html", "index.html"]
 
 
-def test_an_interrupted_explanation_keeps_the_code(
-    chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_explanation_keeps_the_code(chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_conversation: Any) -> None:
         raise KeyboardInterrupt
 
