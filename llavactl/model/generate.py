@@ -120,7 +120,8 @@ def next_tokens(logits: torch.Tensor, sampling: Sampling, generator: torch.Gener
         raise ModelError("the model's logits are not finite", hint="use bfloat16 or float32; the weights may be broken")
     if sampling.temperature <= 0:
         return logits.argmax(-1)
-    probabilities, tokens = (logits / sampling.temperature).softmax(-1).sort(descending=True)
+    # Stable: equal logits, which are common in bfloat16, are in the order of token ids however they were computed.
+    probabilities, tokens = (logits / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
     outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
     sampled = torch.multinomial(probabilities.masked_fill(outside, 0), 1, generator=generator)
     return tokens.gather(-1, sampled)[:, 0]

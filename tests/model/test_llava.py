@@ -12,7 +12,7 @@ from torch.nn import functional
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Batch, FeatureShape
 from llavactl.model.build import ModelBundle, build
-from llavactl.model.generate import Sampling, generate
+from llavactl.model.generate import Sampling, generate, next_tokens
 
 SHAPE = FeatureShape((2, 2), 32)
 
@@ -125,6 +125,15 @@ def test_greedy_decoding_equals_transformers(bundle: ModelBundle) -> None:
     )[0].tolist()
     ours = [token for token in answers(bundle, batch)[0] if token is not None]
     assert ours == [token for token in theirs if token != bundle.tokenizer.eos_token_id]
+
+
+def test_equal_probabilities_are_in_the_order_of_token_ids() -> None:
+    """So rounding that only swaps equal logits, as it may in bfloat16, doesn't change a sampled answer."""
+    logits = torch.zeros(1, 50_000).index_fill(1, torch.arange(40_000, 40_010), 9.0)
+    sampling = Sampling(temperature=1.0, top_p=0.3)
+    chosen = {int(next_tokens(logits, sampling, torch.Generator().manual_seed(seed))) for seed in range(50)}
+    within = {40_000 + index for index in range(len(chosen))}
+    assert chosen == within
 
 
 def test_sampling_is_seeded_and_a_tiny_top_p_is_greedy(bundle: ModelBundle) -> None:
