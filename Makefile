@@ -47,7 +47,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 
 WITH_TIMM := PYTHONPATH="$(CURDIR)/$(VENV)/timm:$$PYTHONPATH"
 # Nor gradio, which needs Pillow < 13.
 WITH_GRADIO := PYTHONPATH="$(CURDIR)/$(VENV)/gradio:$$PYTHONPATH"
-PAGE := $(addprefix $(WEB)/tests/,test_guard.py test_browser.py test_server.py)
+PAGE := $(addprefix $(WEB)/tests/,test_guard.py test_handlers.py test_browser.py test_server.py)
 test: $(DEV_READY) ## run the fast tests
 	$(PYTEST)
 	$(WITH_GRADIO) $(PYTEST) -n 0 $(PAGE)

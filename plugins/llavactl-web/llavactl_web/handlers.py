@@ -28,7 +28,10 @@ EMPTY_MESSAGE = {"text": "", "files": []}
 SETTINGS = ("system", "temperature", "top_p", "seed", "max_new_tokens")
 
 _POLL_S = 0.3
-"""Between two looks at whether a question that waits for the model was stopped."""
+"""The longest that an event which waits keeps a thread: gradio has 40, and the running answer needs one to go on."""
+
+_STOPPING_S = 20
+"""The longest that a change of a conversation waits for the end of its running answer."""
 
 
 class Handlers:
@@ -79,7 +82,8 @@ class Handlers:
                 for texts in answers:
                     yield _live(session, texts)
 
-        with session.lock:
+        yield from _acquired(session.lock)
+        try:
             session.stop.clear()
             options = dict(zip(SETTINGS, settings, strict=True))
             session.set_system(str(options.pop("system") or "").strip())
@@ -90,6 +94,8 @@ class Handlers:
             finally:  # also if the tab was closed
                 _saved(session)
             result = self._view(session) | ({} if is_answered else if_unanswered)
+        finally:
+            session.lock.release()
         yield result
 
     def explain(self, request: gr.Request) -> Iterator[Updates]:
@@ -102,11 +108,14 @@ class Handlers:
             explanations = session.explain(lambda share: gr.Progress()(share, desc="Explaining"))
             maps.update({f"maps{side}": rendering.maps(each) for side, each in enumerate(explanations)})
 
-        with session.lock:
+        yield from _acquired(session.lock)
+        try:
             session.stop.clear()
             yield _buttons(session, busy=True)
             yield from self._with_model(session, explained)
             result = self._view(session) | maps
+        finally:
+            session.lock.release()
         yield result
 
     def _with_model(self, session: Session, work: Callable[[], Iterator[Updates]]) -> Generator[Updates, None, bool]:
@@ -244,11 +253,14 @@ class Handlers:
         """The session, after its running answer has ended; errors are shown, and nothing is updated."""
         session = self._session(request)
         session.stop.set()
-        with session.lock:
-            try:
-                yield session
-            except (LlavactlError, OSError) as error:
-                raise gr.Error(_text(error), print_exception=False) from error
+        if not session.lock.acquire(timeout=_STOPPING_S):
+            raise gr.Error("The answer is still being stopped. Try again.", print_exception=False)
+        try:
+            yield session
+        except (LlavactlError, OSError) as error:
+            raise gr.Error(_text(error), print_exception=False) from error
+        finally:
+            session.lock.release()
 
     def _view(self, session: Session, *, asked: str = "", busy: bool = False) -> Updates:
         """Everything that depends on the conversation."""
@@ -274,6 +286,12 @@ class Handlers:
 
     def _choices(self) -> list[tuple[str, str]]:
         return [(entry.title, entry.id) for entry in self.setup.conversations.entries()]
+
+
+def _acquired(lock: threading.Lock) -> Iterator[Updates]:
+    """Acquires ``lock``; yields while it waits."""
+    while not lock.acquire(timeout=_POLL_S):
+        yield {}
 
 
 def _buttons(session: Session, *, busy: bool) -> Updates:
