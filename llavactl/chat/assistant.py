@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.chat.common_prefix import common_prefix_length, split_prompt, token_keys
 from llavactl.chat.detokenizer import Detokenizer, Stops
-from llavactl.core.schema import IGNORE, Encoded, Turn
+from llavactl.core.schema import IGNORE, Encoded, Text, Turn
 from llavactl.data.batches import FeatureLookup, collate
 from llavactl.data.encode import Encoding
 from llavactl.data.image_order import arrange
@@ -55,9 +55,15 @@ class Assistant:
         return encoded if encoded.ids or start is None else Encoded((start,), (IGNORE,))
 
     def min_tokens(self, turns: Sequence[Turn]) -> int:
-        """A lower bound on the prompt's tokens, computed without tokenizing, which takes minutes for a book."""
-        characters = sum(len(turn.text) for turn in turns)
-        images = sum(len(turn.images) for turn in turns)
+        """A lower bound on the prompt's tokens, computed without tokenizing, which takes minutes for a book.
+
+        Raises:
+            ConversationError: the template refuses the conversation.
+        """
+        segments, separator = self.encoding.render(self._arranged(turns), generate=True)
+        texts = [segment.text for segment in segments if isinstance(segment, Text)]
+        characters = sum(len(text) - (text.count(separator) if separator else 0) for text in texts)
+        images = len(segments) - len(texts)
         return images * self.encoding.image_tokens + characters // (COMPOSED * self._longest_token)
 
     @cached_property

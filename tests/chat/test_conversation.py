@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,17 @@ def test_a_question_beyond_the_context_is_refused(assistant: Assistant, monkeypa
     processed = Processed(assistant)
     processed.during(conversation.ask("Hello?", sampling=Sampling(max_new_tokens=500)))
     assert 100 < processed.tokens < 200
+
+
+def test_a_question_that_the_template_omits_may_have_any_length(assistant: Assistant) -> None:
+    """The template ``plain``, of models after stage 1."""
+    assistant.model.language.config.max_position_embeddings = 200
+    encoding = replace(assistant.encoding, template=registry().create("templates", {"name": "plain"}))
+    untrained = replace(assistant, encoding=encoding)
+    long, short = (
+        Conversation(untrained).ask(PHOTO, "What? " * count, sampling=SHORT).text for count in (1_000_000, 1)
+    )
+    assert long == short
 
 
 def test_sampling_of_the_generation_config(assistant: Assistant) -> None:

@@ -111,10 +111,10 @@ class Service:
         chat = parse(body, allow_urls=settings.allow_urls, check_images=self._check_images)
         if chat.model is not None and chat.model != settings.model:
             raise model_not_found(chat.model)
-        context, tokens = self.batcher.context_length, assistant.min_tokens(chat.turns)
-        if context is not None and tokens >= context:
-            raise context_exceeded(context, tokens, "at least, in the messages")
+        context = self.batcher.context_length
         try:
+            if context is not None and (tokens := assistant.min_tokens(chat.turns)) >= context:
+                raise context_exceeded(context, tokens, "at least, in the messages")
             prompt = assistant.prompt(chat.turns)
         except (ConversationError, DataError) as error:
             raise ApiError(400, f"messages: {error.message}", param="messages", code="invalid_conversation") from None
